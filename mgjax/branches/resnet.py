@@ -1,0 +1,137 @@
+"""Residual networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mgjax import ops
+from mgjax.branches.base import Branch, check_image
+from mgjax.contracts import FeatureInfo
+from mgjax.layers import Conv
+
+EXPANSION = {"basic": 1, "bottleneck": 4}
+
+
+class ResidualBlock(nn.Module):
+    """Basic (two 3×3) or bottleneck (1×1, 3×3, 1×1) residual block; stride on the 3×3 (v1.5)."""
+
+    features: int
+    kind: str
+    stride: int
+    norm: str
+    activation: Callable
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        common = dict(norm=self.norm, dtype=self.dtype)
+        out = self.features * EXPANSION[self.kind]
+        if self.kind == "basic":
+            widths = ((self.features, 3, self.stride), (out, 3, 1))
+        else:
+            widths = ((self.features, 1, 1), (self.features, 3, self.stride), (out, 1, 1))
+        y = x
+        for i, (features, kernel, stride) in enumerate(widths):
+            last = i == len(widths) - 1
+            activation = None if last else self.activation
+            y = Conv(
+                features, kernel, stride, activation=activation, zero_scale=last, name=f"conv{i + 1}", **common
+            )(y, train=train)
+        if x.shape != y.shape:
+            x = Conv(out, 1, self.stride, activation=None, name="shortcut", **common)(x, train=train)
+        return self.activation(x + y)
+
+
+class ResNet(Branch):
+    """ResNet (He et al. 2015, arXiv:1512.03385; bottlenecks with the stride on the 3×3).
+
+    Taps: `stem`, `stage1`, `stage2`, … `ResNet.named("resnet50")` gives the published ones.
+
+    Attributes:
+        blocks: blocks per stage.
+        widths: channels per stage (a bottleneck's output is four times as wide).
+        kind: "basic" or "bottleneck".
+        stem: "imagenet" (7×7 stride 2 and max-pooling: reduction 4), "cifar" (3×3, reduction 1)
+            or "patch" (space to depth by 2, then 3×3: reduction 2, cheap on a CPU).
+        stem_width: channels of the stem; by default the first width.
+        downsample: how a stage after the first halves the map: "stride" (published) or "pool"
+            (2×2 means before the block; on a CPU a strided convolution's gradient is slow).
+        norm, activation, dtype: as in `mgjax.layers.Conv`.
+
+    Example:
+        >>> import jax
+        >>> branch = ResNet.named("resnet18", stem="cifar")
+        >>> branch.feature_info["stage4"]
+        FeatureInfo(channels=512, reduction=8)
+        >>> images = jnp.ones((1, 32, 32, 3))
+        >>> features, _ = branch.init_with_output(jax.random.key(0), images, taps=("stage2",), train=False)
+        >>> features["stage2"].map.shape
+        (1, 16, 16, 128)
+    """
+
+    blocks: Sequence[int] = (2, 2, 2, 2)
+    widths: Sequence[int] = (64, 128, 256, 512)
+    kind: Literal["basic", "bottleneck"] = "basic"
+    stem: Literal["imagenet", "cifar", "patch"] = "imagenet"
+    stem_width: int | None = None
+    downsample: Literal["stride", "pool"] = "stride"
+    norm: str = "batch"
+    activation: Callable = nn.relu
+    dtype: jnp.dtype = jnp.float32
+
+    @classmethod
+    def named(cls, name: str, **options) -> ResNet:
+        """"resnet18", "resnet34" or "resnet50" as published; `options` override any attribute."""
+        if name not in NAMED:
+            raise ValueError(f"no residual network '{name}'; there are {sorted(NAMED)}")
+        return cls(**{**NAMED[name], **options})
+
+    @property
+    def feature_info(self) -> dict[str, FeatureInfo]:
+        reduction = {"imagenet": 4, "cifar": 1, "patch": 2}[self.stem]
+        info = {"stem": FeatureInfo(self.stem_width or self.widths[0], reduction)}
+        for i, width in enumerate(self.widths):
+            info[f"stage{i + 1}"] = FeatureInfo(width * EXPANSION[self.kind], reduction * 2**i)
+        return info
+
+    @nn.compact
+    def __call__(self, x, *, taps, train: bool):
+        """x: floating [B, H, W, C] → {tap: Features}."""
+        reader, info = self.read(taps), self.feature_info
+        # Means over 2×2 need two pixels; a strided convolution is content with one.
+        check_image(x, max(info[t].reduction for t in taps) if self.downsample == "pool" else info["stem"].reduction)
+        common = dict(norm=self.norm, activation=self.activation, dtype=self.dtype)
+        width = info["stem"].channels
+        x = x.astype(self.dtype)
+        if self.stem == "imagenet":
+            x = Conv(width, 7, 2, name="stem", **common)(x, train=train)
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        else:
+            if self.stem == "patch":  # an odd side repeats its last pixel
+                x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), mode="edge")
+                x = ops.space_to_depth(x, 2)
+            x = Conv(width, 3, name="stem", **common)(x, train=train)
+        if reader.offer("stem", x):
+            return reader.features
+        for i, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True)):
+            stride = 2 if i else 1
+            if i and self.downsample == "pool":
+                x, stride = nn.avg_pool(x, (2, 2), (2, 2)), 1
+            for j in range(count):
+                x = ResidualBlock(width, self.kind, stride if j == 0 else 1, name=f"stage{i + 1}_block{j + 1}", **common)(
+                    x, train=train
+                )
+            if reader.offer(f"stage{i + 1}", x):
+                break
+        return reader.features
+
+
+NAMED = {
+    "resnet18": dict(blocks=(2, 2, 2, 2), kind="basic"),
+    "resnet34": dict(blocks=(3, 4, 6, 3), kind="basic"),
+    "resnet50": dict(blocks=(3, 4, 6, 3), kind="bottleneck"),
+}

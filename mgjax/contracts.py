@@ -1,0 +1,81 @@
+"""The data that passes between modules: Batch → Features → Outputs. All are pytrees."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import struct
+from jaxtyping import Bool, Float, Int, Shaped
+
+Array = jax.Array
+Images = Shaped[Array, "batch height width channels"]
+Maps = Float[Array, "batch height width channels"]
+Vectors = Float[Array, "batch channels"]
+Labels = Int[Array, "batch"]
+Mask = Bool[Array, "batch"]
+
+
+@struct.dataclass
+class Batch:
+    """Examples side by side; every array has the batch as its first axis.
+
+    Attributes:
+        inputs: what branches see, by modality: `{"image": uint8 [B, H, W, 3]}`.
+        targets: what tasks are about: labels int32 [B] (-1 = unknown) by level, `box` float32
+            [B, 4] (y0, x0, y1, x1 in pixels, edges of the box), `mask` uint8 [B, H, W].
+        mask: bool [B]; False for a padded or undecodable row, which counts for nothing.
+        index: int32 [B]; position of the example in its split (-1 for padding).
+        present: granularity → bool [B]; one that is missing here is present everywhere.
+    """
+
+    inputs: dict[str, Array]
+    targets: dict[str, Array]
+    mask: Mask
+    index: Labels
+    present: dict[str, Mask] = struct.field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Number of rows, padded ones included."""
+        return self.mask.shape[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureInfo:
+    """What a branch promises of one tap, so that nothing has to probe shapes.
+
+    Attributes:
+        channels: size of the last axis of map and vector.
+        reduction: input pixels per map position along one axis; None where there is no map.
+    """
+
+    channels: int
+    reduction: int | None = None
+
+
+@struct.dataclass
+class Features:
+    """What a branch saw at one tap.
+
+    Attributes:
+        vector: [B, C]; pooled over the valid positions.
+        map: [B, H, W, C] or None.
+        mask: bool [B, H, W], the valid positions of the map, or None if all are.
+    """
+
+    vector: Vectors
+    map: Maps | None = None
+    mask: Any = None
+
+
+@struct.dataclass
+class Outputs:
+    """Raw answers, before decoding.
+
+    Attributes:
+        logits: head name → float32 [B, classes].
+    """
+
+    logits: dict[str, Float[Array, "batch classes"]]

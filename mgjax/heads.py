@@ -1,0 +1,36 @@
+"""Heads: from features to the raw answer of one task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from mgjax.contracts import Features
+from mgjax.layers import SourceDense
+
+
+class ClassificationHead(nn.Module):
+    """A linear classifier on everything that the head reads.
+
+    Attributes:
+        classes: number of classes.
+        dropout: share of the inputs that is dropped in training.
+        dtype: of the computation; logits are float32.
+    """
+
+    classes: int
+    dropout: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Mapping[str, Features], present: Mapping | None = None, *, train: bool = False):
+        """features: source → Features → float32 logits [B, classes]."""
+        x = {name: f.vector for name, f in sorted(features.items())}
+        if self.dropout and train:
+            x = {name: nn.Dropout(self.dropout, name=f"dropout_{name}")(v, deterministic=False) for name, v in x.items()}
+        return SourceDense(self.classes, dtype=self.dtype, name="dense")(x, present).astype(jnp.float32)
+
+
+HEADS = {"classification": ClassificationHead}

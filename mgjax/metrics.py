@@ -1,0 +1,174 @@
+"""Metrics of classification over a taxonomy, as sums that add up over batches and hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgjax.contracts import Batch, Outputs
+from mgjax.decode import METHODS, decode, task_log_probs
+from mgjax.granularity import Head, Task
+from mgjax.taxonomy import Taxonomy
+
+BINS = 15  # of the calibration error, as Guo et al. 2017
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassificationMetrics:
+    """Per level, for the raw answer and for the decoded one: accuracy (top-1), top-5, macro
+    precision, recall and F1, expected calibration error (Guo et al. 2017, arXiv:1706.04599; 15
+    equal bins); over whole paths: full-path accuracy, raw and decoded inconsistency, mean tree
+    distance, mistake severity (mean LCA height of the mistakes, Bertinetto et al. 2020,
+    arXiv:1912.09393). Macro averages run over the classes that occur in labels or answers, as
+    scikit-learn's do.
+
+    `update` runs inside jit and returns sums; sums of several batches are added; `compute`
+    turns them into figures.
+
+    Attributes:
+        taxonomy: relates the levels of the tasks.
+        tasks, heads: the declarations of the model.
+    """
+
+    taxonomy: Taxonomy
+    tasks: Sequence[Task]
+    heads: Sequence[Head]
+
+    def update(self, outputs: Outputs, batch: Batch) -> dict:
+        """Sums of one batch, as a pytree of float32 arrays."""
+        log_probs = task_log_probs(outputs, self.heads, self.tasks)
+        by_level = {t.level: (log_probs[t.name], batch.targets[t.target]) for t in self.tasks if t.name in log_probs}
+        raw = {level: said for level, (said, _) in by_level.items()}
+        truth = {level: labels for level, (_, labels) in by_level.items()}
+        levels = [l for l in self.taxonomy.levels if l in by_level]
+        paths = {method: decode(raw, self.taxonomy, method) for method in METHODS}
+        path = paths["combined"]
+
+        sums = {"levels": {}}
+        for level in levels:
+            known = batch.mask & (truth[level] >= 0)
+            said = jnp.argmax(raw[level], -1)
+            sums["levels"][level] = {
+                "decoded": _level_sums(path.log_probs[level], path.labels[level], truth[level], known),
+                "raw": _level_sums(raw[level], said, truth[level], known),
+            }
+
+        count = lambda flags: jnp.sum((flags & batch.mask).astype(jnp.float32))
+        finest = levels[-1]
+        known = batch.mask & jnp.stack([truth[l] >= 0 for l in levels]).all(0)
+        sums["examples"] = count(batch.mask)
+        sums["known_paths"] = count(known)
+        sums["raw_inconsistent"] = count(self._inconsistent({l: jnp.argmax(raw[l], -1) for l in levels}))
+        sums["inconsistent"] = count(self._inconsistent(path.labels))
+        sums["right_path"], sums["right"] = {}, {}
+        for method, answer in paths.items():
+            right = {l: answer.labels[l] == truth[l] for l in levels}
+            sums["right_path"][method] = count(known & jnp.stack(list(right.values())).all(0))
+            sums["right"][method] = {l: count(right[l] & (truth[l] >= 0)) for l in levels}
+
+        tree = self.taxonomy.upto(finest)
+        label, answer = jnp.maximum(truth[finest], 0), path.labels[finest]
+        distance, height = _tree_errors(tree, answer, label)
+        mistake = known & (answer != label)
+        sums["distance"] = jnp.sum(jnp.where(known, distance, 0.0))
+        sums["severity"] = jnp.sum(jnp.where(mistake, height, 0.0))
+        sums["mistakes"] = count(mistake)
+        return sums
+
+    def compute(self, sums: Mapping) -> dict:
+        """Figures of added-up sums, as plain floats ready for JSON.
+
+        Raises:
+            ValueError: there was no example.
+            AssertionError: a decoded path was inconsistent, which decoding rules out.
+        """
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), dict(sums))
+        n = float(sums["examples"])
+        if not n:
+            raise ValueError("no example was evaluated: the split is empty, or every example was masked")
+        assert sums["inconsistent"] == 0, "decoding gave a path that is not in the taxonomy"
+        share = lambda a, b: float(a / b) if b else 0.0
+        levels = {}
+        for level in (l for l in self.taxonomy.levels if l in sums["levels"]):  # jax sorts keys
+            both = sums["levels"][level]
+            raw = {f"raw_{k}": v for k, v in _level_figures(both["raw"]).items()}
+            levels[level] = _level_figures(both["decoded"]) | raw
+        return {
+            "examples": int(n),
+            "levels": levels,
+            "full_path_accuracy": share(sums["right_path"]["combined"], sums["known_paths"]),
+            "inconsistency": share(sums["inconsistent"], n),
+            "raw_inconsistency": share(sums["raw_inconsistent"], n),
+            "tree_distance": share(sums["distance"], sums["known_paths"]),
+            "mistake_severity": share(sums["severity"], sums["mistakes"]),
+            "decoders": {
+                method: {
+                    "full_path_accuracy": share(sums["right_path"][method], sums["known_paths"]),
+                    "accuracy": {
+                        l: share(sums["right"][method][l], sums["levels"][l]["raw"]["count"]) for l in levels
+                    },
+                }
+                for method in METHODS
+            },
+        }
+
+    def _inconsistent(self, labels: Mapping) -> jax.Array:
+        """bool [B]: some label's ancestor is not the label given for that coarser level."""
+        levels = [l for l in self.taxonomy.levels if l in labels]
+        result = jnp.zeros(labels[levels[0]].shape, bool)
+        for coarse, fine in zip(levels, levels[1:]):
+            result |= jnp.asarray(self.taxonomy.ancestors(fine, coarse))[labels[fine]] != labels[coarse]
+        return result
+
+
+def _level_sums(log_probs, answer, truth, known) -> dict:
+    classes = log_probs.shape[-1]
+    weight = known.astype(jnp.float32)
+    right = weight * (answer == truth)
+    label = jnp.maximum(truth, 0)
+    own = jnp.take_along_axis(log_probs, label[:, None], 1)
+    rank = jnp.sum(log_probs > own, -1)
+    confidence = jnp.exp(jnp.take_along_axis(log_probs, answer[:, None], 1)[:, 0])
+    bins = jnp.clip(jnp.ceil(confidence * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
+    per_class = lambda values, at: jnp.zeros(classes, jnp.float32).at[at].add(values)
+    per_bin = lambda values: jnp.zeros(BINS, jnp.float32).at[bins].add(values)
+    return {
+        "count": weight.sum(),
+        "top5": jnp.sum(weight * (rank < 5)),
+        "right": per_class(right, label),
+        "answered": per_class(weight, answer),
+        "labelled": per_class(weight, label),
+        "bin_confidence": per_bin(weight * confidence),
+        "bin_right": per_bin(right),
+    }
+
+
+def _level_figures(sums: Mapping) -> dict[str, float]:
+    right, answered, labelled, n = sums["right"], sums["answered"], sums["labelled"], float(sums["count"])
+    occurs = (answered + labelled) > 0
+    macro = lambda a, b: float(np.mean((a / np.maximum(b, 1))[occurs])) if occurs.any() else 0.0
+    n = n or 1.0
+    return {
+        "accuracy": float(right.sum() / n),
+        "top5": float(sums["top5"] / n),
+        "precision": macro(right, answered),
+        "recall": macro(right, labelled),
+        "f1": macro(2 * right, answered + labelled),
+        "ece": float(np.abs(sums["bin_right"] - sums["bin_confidence"]).sum() / n),
+    }
+
+
+def _tree_errors(tree: Taxonomy, a, b):
+    """float32 [B], [B]: edges between leaves a and b, and the height of their LCA."""
+    paths, depth = jnp.asarray(tree.paths), jnp.asarray(tree.leaf_depth)
+    shared = jnp.cumprod((paths[a] == paths[b]).astype(jnp.int32), -1).sum(-1)
+    lca_depth = jnp.minimum(shared, jnp.minimum(depth[a], depth[b]))
+    distance = depth[a] + depth[b] - 2 * lca_depth
+    heights = np.stack([h[tree.paths[:, i]] for i, h in enumerate(tree.heights)], 1)
+    heights = jnp.asarray(np.c_[np.full(len(heights), tree.root_height), heights])
+    height = jnp.take_along_axis(heights[b], lca_depth[:, None], 1)[:, 0]
+    return distance.astype(jnp.float32), height.astype(jnp.float32)

@@ -1,0 +1,144 @@
+"""The composition: views → branches → fusion → heads, in two methods with one seam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+
+from mgjax.contracts import Features, Outputs
+from mgjax.granularity import (
+    FUSED,
+    DeclarationError,
+    Granularity,
+    Head,
+    OperatingPoint,
+    Task,
+    check_declarations,
+)
+from mgjax.heads import HEADS
+from mgjax.views import apply_view
+
+
+class MultiGranularityModel(nn.Module):
+    """A model that sees its input at several granularities and answers tasks at any of them.
+
+    One code path serves several branches with their own views, one trunk tapped at several
+    depths, and several submodels whose answers are averaged: only the declarations differ.
+
+    Attributes:
+        granularities, tasks, heads: the declarations.
+        branches: name → branch.
+        fusion: makes `"fused"` of the features of all active granularities.
+        dropout: of the heads.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from mgjax.branches import ResNet
+        >>> model = MultiGranularityModel(
+        ...     granularities=[Granularity("coarse", "trunk", "stage1"), Granularity("fine", "trunk", "stage2")],
+        ...     tasks=[Task("superclass", "superclass", 20), Task("class", "class", 100)],
+        ...     heads=[Head("superclass", {"coarse": "grad", "fine": "stop"}), Head("class", {"fine": "grad"})],
+        ...     branches={"trunk": ResNet(blocks=(1, 1), widths=(8, 16), stem="cifar")},
+        ... )
+        >>> inputs = {"image": jnp.ones((2, 8, 8, 3))}
+        >>> outputs, _ = model.init_with_output(jax.random.key(0), inputs, model.everything, train=False)
+        >>> {name: logits.shape for name, logits in sorted(outputs.logits.items())}
+        {'class': (2, 100), 'superclass': (2, 20)}
+    """
+
+    granularities: Sequence[Granularity]
+    tasks: Sequence[Task]
+    heads: Sequence[Head]
+    branches: Mapping[str, nn.Module]
+    fusion: nn.Module | None = None
+    dropout: float = 0.0
+
+    def setup(self):
+        check_declarations(self.granularities, self.tasks, self.heads, self.branches)
+        for g in self.granularities:
+            taps = self.branches[g.branch].feature_info
+            if g.tap not in taps:
+                raise DeclarationError(f"granularity '{g.name}' reads tap '{g.tap}'; '{g.branch}' has {list(taps)}")
+        if self.fusion is None and (wants := [h.name for h in self.heads if FUSED in h.sources]):
+            raise DeclarationError(f"heads {wants} read '{FUSED}', but the model has no fusion")
+        task = {t.name: t for t in self.tasks}
+        self.head = {
+            h.name: HEADS[task[h.task].kind](task[h.task].classes, dropout=self.dropout) for h in self.heads
+        }
+
+    @property
+    def everything(self) -> OperatingPoint:
+        """All granularities, all tasks, full resolution."""
+        return OperatingPoint(tuple(g.name for g in self.granularities), tuple(t.name for t in self.tasks))
+
+    def __call__(self, inputs: Mapping, op: OperatingPoint, *, present: Mapping | None = None, train: bool) -> Outputs:
+        """`features`, then `answer`."""
+        return self.answer(self.features(inputs, op, train=train), op, present=present, train=train)
+
+    def features(self, inputs: Mapping, op: OperatingPoint, *, train: bool) -> dict[str, Features]:
+        """Runs the branches of the active granularities, each only down to its deepest active tap.
+
+        Args:
+            inputs: `Batch.inputs`, with normalised floating images [B, H, W, C].
+            op: what is asked for.
+
+        Returns:
+            granularity → Features.
+
+        Raises:
+            DeclarationError: an unknown granularity.
+        """
+        self._check(op)
+        passes: dict = {}  # granularities with one branch and one view share one pass
+        for g in self.granularities:
+            if g.name in op.active:
+                passes.setdefault((g.branch, g.view), []).append(g)
+        result = {}
+        for (branch, view), readers in passes.items():
+            with jax.named_scope(f"branch_{branch}"):
+                taps = tuple(sorted({g.tap for g in readers}))
+                at_tap = self.branches[branch](apply_view(inputs, view, op.resolution), taps=taps, train=train)
+            result |= {g.name: at_tap[g.tap] for g in readers}
+        return result
+
+    def answer(
+        self, features: Mapping[str, Features], op: OperatingPoint, *, present: Mapping | None = None, train: bool = False
+    ) -> Outputs:
+        """Fuses the features and asks the heads of the active tasks.
+
+        A head reads those of its sources that are active, and is skipped where none is.
+
+        Args:
+            features: what `features` returned, or a part of it.
+            present: granularity → bool [B]; False where an example lacks that granularity.
+
+        Raises:
+            DeclarationError: an unknown task, or one that no head can answer from what is active.
+        """
+        self._check(op)
+        features = dict(features)
+        heads = [h for h in self.heads if h.task in op.tasks]
+        if any(FUSED in h.sources for h in heads):
+            with jax.named_scope("fusion"):
+                features[FUSED] = self.fusion(dict(features), present)
+        logits = {}
+        for head in heads:
+            reads = {
+                source: features[source] if how == "grad" else jax.lax.stop_gradient(features[source])
+                for source, how in head.reads
+                if source in features
+            }
+            if reads:
+                with jax.named_scope(f"head_{head.name}"):
+                    logits[head.name] = self.head[head.name](reads, present, train=train)
+        if unanswered := set(op.tasks) - {h.task for h in heads if h.name in logits}:
+            raise DeclarationError(f"no head can answer {sorted(unanswered)} from the active {list(op.active)}")
+        return Outputs(logits)
+
+    def _check(self, op: OperatingPoint) -> None:
+        known = {g.name for g in self.granularities}, {t.name for t in self.tasks}
+        for kind, asked, names in (("granularity", op.active, known[0]), ("task", op.tasks, known[1])):
+            if unknown := set(asked) - names:
+                raise DeclarationError(f"the operating point asks for {kind} {sorted(unknown)}; there are {sorted(names)}")

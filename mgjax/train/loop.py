@@ -1,0 +1,316 @@
+"""The loop around the one compiled step: stages, evaluation, checkpoints, resume, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgjax.config import key
+from mgjax.contracts import Batch
+from mgjax.flops import count_jaxpr
+from mgjax.train.checkpoint import CheckpointConfig, Checkpoints
+from mgjax.train.monitor import Monitor, clock
+from mgjax.train.optim import OptimConfig, make_optimizer, make_schedule
+from mgjax.train.stages import Stage, check_batch_size, check_plan, trained_paths
+from mgjax.train.state import TrainState, batch_sharding, count_params, create_state, make_mesh, needed_paths, to_device
+from mgjax.train.step import make_eval_step, make_train_step
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop: it has finished its step, saved and reported."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every: int = key(20, "steps between two records in metrics.jsonl and TensorBoard")
+    validate_every: int = key(0, "steps between two validations inside a stage (0: at its end alone)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Feeds:
+    """Where batches come from; each call starts a fresh iterator of host batches.
+
+    Attributes:
+        train: (stage, examples_seen, steps) → batches.
+        validation, test: () → batches.
+        eval_batch_size: rows of the global evaluation batch.
+    """
+
+    train: Callable[[Stage, int, int], Iterator[Batch]]
+    validation: Callable[[], Iterator[Batch]]
+    test: Callable[[], Iterator[Batch]]
+    eval_batch_size: int
+
+
+def fetch(tree: Any) -> Any:
+    """The one place where the loop waits for values of the device."""
+    return jax.device_get(tree)
+
+
+def fit(
+    *,
+    model,
+    objective: Callable,
+    metrics,
+    augment,
+    plan: Sequence[Stage],
+    feeds: Feeds,
+    seed: int,
+    workdir: pathlib.Path,
+    meta: dict,
+    free: tuple[str, ...] = (),
+    optim: OptimConfig = OptimConfig(),
+    checkpoint: CheckpointConfig = CheckpointConfig(),
+    log: LogConfig = LogConfig(),
+) -> dict:
+    """Trains by plan, evaluates on validation after each stage and on test once, at the end.
+
+    Where `workdir` holds a checkpoint of the same run, it continues.
+
+    Args:
+        model: has `init`/`apply` of (inputs, op) and `everything`, as MultiGranularityModel.
+        objective: (outputs, batch) → (loss, named scalars).
+        metrics: `update(outputs, batch)` → sums inside jit; `compute(sums)` → figures.
+        augment: (batch, rng, strength) → normalised batch; `.normalise(batch)` for evaluation.
+        meta, free: see `Checkpoints`.
+
+    Returns:
+        params, train_flops, steps, seconds (training and validation, compilation included),
+        stages, test.
+
+    Raises:
+        InputError: a plan, batch size or checkpoint that does not fit; before any training.
+        Interrupted: SIGTERM or Ctrl-C; the second one stops at once.
+    """
+    # What will run is checked before anything does.
+    mesh = make_mesh()
+    check_plan(plan, mesh.size)
+    check_batch_size(feeds.eval_batch_size, mesh.size, "evaluation")
+    example = next(feeds.train(plan[0], 0, 1))
+    inputs = jax.eval_shape(lambda b: augment.normalise(b).inputs, example)
+    optimizer = make_optimizer(optim)
+    trains = [trained_paths(stage, needed_paths(model, stage.op, inputs)) for stage in plan]
+
+    state = create_state(model, optimizer, inputs, seed, mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", checkpoint, meta, free)
+    state, position = checkpoints.restore(state) or (state, Position().to_json())
+    position = Position(**position)
+
+    train_step = make_train_step(model, objective, augment, optimizer, seed)
+    eval_step = make_eval_step(model, metrics, augment.normalise)
+    traced = [
+        train_step.trace(
+            state, _abstract(example, s.batch_size, mesh), np.float32(0), op=s.op, trains=t, strength=s.augment
+        )
+        for s, t in zip(plan, trains)
+    ]
+    # Stages that differ in nothing that is compiled share one executable.
+    sameness = [(s.op, s.batch_size, t, s.augment) for s, t in zip(plan, trains)]
+    compiled = functools.cache(lambda same: traced[sameness.index(same)].lower().compile())
+
+    run = _Run(
+        state, position, mesh, plan, feeds, checkpoints, Monitor(workdir, position.step), optim, checkpoint, log, workdir,
+        step_fn=lambda i: compiled(sameness[i]),
+        eval_step=eval_step,
+        metrics=metrics,
+        flops=[count_jaxpr(t.jaxpr.jaxpr).total * s.steps for t, s in zip(traced, plan)],
+    )  # fmt: skip
+    try:
+        with run.signals:
+            return run.all_stages()
+    finally:
+        run.monitor.close()
+        checkpoints.close()
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run is; goes into every checkpoint.
+
+    Attributes:
+        step: steps done over all stages.
+        stage, step_in_stage: index of the stage, and steps done in it.
+        examples_seen: position in the data.
+        seconds, stage_seconds: spent so far, over all starts.
+        stages: reports of the finished stages.
+    """
+
+    step: int = 0
+    stage: int = 0
+    step_in_stage: int = 0
+    examples_seen: int = 0
+    seconds: float = 0.0
+    stage_seconds: float = 0.0
+    stages: list = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass
+class _Run:
+    """What changes while a plan runs, and the two loops over it: stages, and steps in a stage."""
+
+    state: TrainState
+    position: Position
+    mesh: jax.sharding.Mesh
+    plan: Sequence[Stage]
+    feeds: Feeds
+    checkpoints: Checkpoints
+    monitor: Monitor
+    optim: OptimConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+    workdir: pathlib.Path
+    step_fn: Callable
+    eval_step: Callable
+    metrics: Any
+    flops: list[int]
+
+    def __post_init__(self):
+        self.signals = _Signals()
+        self.began = time.monotonic() - self.position.seconds
+
+    def all_stages(self) -> dict:
+        position = self.position
+        if position.step:
+            self.monitor.say(f"continuing at step {position.step}, after {clock(position.seconds)} of training")
+        while position.stage < len(self.plan):
+            stage = self.plan[position.stage]
+            began = time.monotonic() - position.stage_seconds
+            self.one_stage(stage, began)
+            val = self.evaluate(self.feeds.validation(), stage.op)
+            seconds = round(time.monotonic() - began, 2)
+            flops = self.flops[position.stage]
+            report = {"name": stage.name, "steps": stage.steps, "seconds": seconds, "flops": flops, "val": val}
+            self.monitor.write(position.step, _scalars(val))
+            shown = "  ".join(f"{level} {v['accuracy']:.1%}" for level, v in val["levels"].items())
+            self.monitor.say(f"stage {stage.name}: validation {shown}  in {clock(seconds)}")
+            position.stages.append(report)
+            position.stage, position.step_in_stage, position.stage_seconds = position.stage + 1, 0, 0.0
+            self.save()
+        seconds = position.seconds
+        # Test runs once, on what the last stage ended with.
+        test = self.evaluate(self.feeds.test(), self.plan[-1].op)
+        return {
+            "params": count_params(self.state),
+            "train_flops": sum(self.flops),
+            "steps": position.step,
+            "seconds": round(seconds, 2),
+            "stages": position.stages,
+            "test": test,
+        }
+
+    def one_stage(self, stage: Stage, began: float) -> None:
+        position = self.position
+        warmup = self.optim.warmup if stage.warmup is None else stage.warmup
+        schedule = make_schedule(self.optim.learning_rate * stage.learning_rate, stage.steps, warmup, stage.end)
+        rates = np.asarray(jax.vmap(schedule)(np.arange(stage.steps)), np.float32)
+        self.monitor.start(stage.name, stage.steps, position.step_in_stage)
+        if position.step_in_stage < stage.steps:
+            train_step = self.step_fn(position.stage)
+        pace = (position.step_in_stage, time.monotonic())
+        unread = None
+        for batch in self.feeds.train(stage, position.examples_seen, stage.steps - position.step_in_stage):
+            rate = rates[position.step_in_stage]
+            self.state, scalars = train_step(self.state, to_device(batch, self.mesh), rate)
+            position.step += 1
+            position.step_in_stage += 1
+            position.examples_seen += stage.batch_size
+            position.stage_seconds = time.monotonic() - began
+            # Scalars are read one step late, when the device already has its next step.
+            if unread:
+                self.report_step(stage, *unread, pace)
+            unread = position.step, position.step_in_stage, float(rate), scalars
+            self.leave_if_asked()
+            if position.step_in_stage < stage.steps:
+                if position.step % self.checkpoint.every == 0:
+                    self.save()
+                if self.log.validate_every and position.step_in_stage % self.log.validate_every == 0:
+                    self.monitor.write(position.step, _scalars(self.evaluate(self.feeds.validation(), stage.op)))
+        if unread:
+            self.report_step(stage, *unread, pace)
+        self.monitor.stop()
+        if position.step_in_stage < stage.steps:
+            raise RuntimeError(f"stage '{stage.name}': the data ended after {position.step_in_stage} of {stage.steps} steps")
+
+    def report_step(self, stage: Stage, step: int, done: int, rate: float, scalars: dict, pace: tuple) -> None:
+        scalars = {k: float(v) for k, v in fetch(scalars).items()}
+        speed = (done - pace[0]) * stage.batch_size / max(1e-9, time.monotonic() - pace[1])
+        # Time left by FLOPs, since a later stage may cost more per example.
+        i = self.position.stage
+        per_example = self.flops[i] / (stage.steps * stage.batch_size)
+        left = per_example * (stage.steps - done) * stage.batch_size + sum(self.flops[i + 1 :])
+        self.monitor.progress(stage.name, done, stage.steps, scalars, speed, left / (per_example * speed))
+        if step % self.log.every == 0:
+            extra = {"stage": stage.name, "learning_rate": rate, "examples_per_second": round(speed, 2)}
+            self.monitor.write(step, scalars | extra)
+
+    def evaluate(self, batches: Iterator[Batch], op) -> dict:
+        sums = None
+        for batch in batches:
+            new = self.eval_step(self.state.params, self.state.stats, to_device(batch, self.mesh), op=op)
+            sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
+            self.leave_if_asked()
+        return self.metrics.compute(fetch(sums))
+
+    def save(self) -> None:
+        self.position.seconds = time.monotonic() - self.began
+        self.checkpoints.save(self.state, self.position.to_json())
+
+    def leave_if_asked(self) -> None:
+        if self.signals.received:
+            self.save()
+            self.monitor.stop()
+            self.monitor.say(
+                f"stopped at step {self.position.step}; the same command with --workdir={self.workdir} continues"
+            )
+            raise Interrupted(128 + self.signals.received)
+
+
+def _abstract(batch: Batch, rows: int, mesh) -> Batch:
+    """Shapes, dtypes and shardings of a global batch of `rows` rows."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding), batch)
+
+
+def _scalars(val: dict) -> dict:
+    """Scalars of an evaluation, with slashes in their names."""
+    levels = {f"val/{level}/{k}": v for level, figures in val["levels"].items() for k, v in figures.items()}
+    return levels | {f"val/{k}": v for k, v in val.items() if isinstance(v, float)}
+
+
+class _Signals:
+    """Notes the first SIGTERM or Ctrl-C; the second has its usual effect."""
+
+    def __init__(self):
+        self.received, self.before = 0, {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.before[number] = signal.signal(number, self._note)
+            except ValueError:  # not the main thread: someone else handles signals
+                pass
+        return self
+
+    def _note(self, number, frame):
+        self.received = number
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def __exit__(self, *error):
+        self._restore()

@@ -1,0 +1,131 @@
+"""What a run shows and writes: progress, metrics.jsonl, TensorBoard events, facts about the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from tensorboardX import SummaryWriter
+
+
+def accelerator_hint() -> str | None:
+    """The command that mends it, where an NVIDIA GPU answers and JAX sees none; else None."""
+    if os.environ.get("JAX_PLATFORMS", "") == "cpu" or not shutil.which("nvidia-smi") or jax.default_backend() != "cpu":
+        return None
+    asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", check=False)
+    if asked.returncode or "GPU" not in asked.stdout:
+        return None
+    return f"an NVIDIA GPU answers, but JAX sees none; this mends it: {sys.executable} -m pip install -U 'jax[cuda]'"
+
+
+def hardware() -> str:
+    """The devices and the machine, in words."""
+    devices = jax.devices()
+    kind = f"{len(devices)} × {devices[0].device_kind}"
+    model = platform.processor() or platform.machine()
+    try:
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    return f"{kind}; {os.cpu_count()} cores {model}; {platform.system()} {platform.machine()}"
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Writes whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Monitor:
+    """Shows progress on the console and appends scalars to the run's logs.
+
+    On a terminal there is one bar; elsewhere, one line every `interval` seconds.
+
+    Args:
+        workdir: of the run; `metrics.jsonl` and `tensorboard/` go there.
+        step: records of later steps, left by a run that was stopped, are dropped.
+        interval: seconds between two lines, where there is no terminal.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int, interval: float = 10.0):
+        self.path, self.interval = workdir / "metrics.jsonl", interval
+        kept = []
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+        part = self.path.with_name(".metrics.jsonl.part")
+        part.write_text("".join(line + "\n" for line in kept))
+        part.replace(self.path)
+        self.events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1 if step else None)
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.bar, self.last = None, time.monotonic()
+
+    def start(self, stage: str, steps: int, done: int) -> None:
+        """A stage begins, `done` of its steps having been done before."""
+        if self.console.is_terminal:
+            columns = TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}")
+            self.bar = Progress(*columns, console=self.console)
+            self.task = self.bar.add_task(stage, total=steps, completed=done, said="compiling")
+            self.bar.start()
+        else:
+            self.say(f"stage {stage}: {steps} steps, compiling")
+            self.last = time.monotonic()
+
+    def progress(self, stage: str, done: int, steps: int, scalars: Mapping, rate: float, left: float) -> None:
+        """Shows how far it is; cheap enough for every step."""
+        shown = " ".join(f"{k.removeprefix('accuracy/')} {v:.1%}" for k, v in scalars.items() if k.startswith("accuracy/"))
+        said = f"loss {scalars['loss']:.3f}  {shown}  {rate:,.0f} examples/s  {clock(left)} left"
+        if self.bar:
+            self.bar.update(self.task, completed=done, said=said)
+        elif time.monotonic() - self.last >= self.interval:
+            self.last = time.monotonic()
+            self.say(f"{stage} {done}/{steps}  {said}")
+
+    def stop(self) -> None:
+        """A stage has ended, or is being left."""
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def say(self, line: str) -> None:
+        """Prints one line."""
+        self.console.print(line, markup=False)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends one record of scalars."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **scalars}) + "\n")
+        for name, value in scalars.items():
+            if isinstance(value, (int, float)):
+                self.events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.stop()
+        self.events.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the last line of a run that was killed while writing
+        return float("inf")

@@ -1,0 +1,92 @@
+"""The training state: constant in structure over the whole plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mgjax.granularity import OperatingPoint
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    Attributes:
+        step: int32; steps done over all stages. Randomness is folded from it and the seed.
+        params: of all granularities, active or not.
+        stats: batch statistics.
+        opt_state: of the optimiser, for all parameters.
+    """
+
+    step: jax.Array
+    params: Any
+    stats: Any
+    opt_state: Any
+
+
+def make_mesh(devices=None) -> Mesh:
+    """A mesh of all devices along one axis, `data`."""
+    devices = jax.devices() if devices is None else devices
+    # Explicit axes, the default, reject sharded convolution kernels.
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds everything."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Every device holds its part of the batch."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def to_device(batch, mesh: Mesh):
+    """Host arrays, this process's rows of a batch, to one global sharded batch."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def init_fn(model, op: OperatingPoint, inputs):
+    """A function of a key that initialises what `op` needs; `inputs` are abstract."""
+
+    def init(rng):
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+        return model.init(rng, zeros, op, train=False)
+
+    return init
+
+
+def create_state(model, optimizer: optax.GradientTransformation, inputs, seed: int, mesh: Mesh) -> TrainState:
+    """Initialises all granularities, directly in their place on the mesh.
+
+    Args:
+        inputs: abstract `Batch.inputs`, normalised, of any batch size.
+    """
+    init = init_fn(model, model.everything, inputs)
+
+    def create(rng):
+        variables = init(rng)
+        params = variables["params"]
+        return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params))
+
+    return jax.jit(create, out_shardings=replicated(mesh))(jax.random.key(seed))
+
+
+def needed_paths(model, op: OperatingPoint, inputs) -> frozenset[str]:
+    """Paths of the parameters that an operating point uses, found without computing anything."""
+    variables = jax.eval_shape(init_fn(model, op, inputs), jax.random.key(0))
+    return frozenset(flatten_dict(variables["params"], sep="/"))
+
+
+def count_params(state: TrainState) -> int:
+    """Number of parameters, batch statistics not counted."""
+    return sum(x.size for x in jax.tree.leaves(state.params))

@@ -1,0 +1,101 @@
+"""The compiled steps: one for training, one for evaluation, per operating point."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mgjax.contracts import Batch
+from mgjax.granularity import OperatingPoint
+from mgjax.train.state import TrainState
+
+
+def make_train_step(model, objective: Callable, augment: Callable, optimizer: optax.GradientTransformation, seed: int):
+    """Returns the jitted `train_step(state, batch, learning_rate, *, op, trains, strength)`.
+
+    `op`, `trains` (paths of the parameters that move) and `strength` (of the augmentation) are
+    static: one compilation per combination. The state is donated. The step returns the new
+    state and a dict of float32 scalars.
+
+    What is frozen is not differentiated, and its values, moments and batch statistics stay as
+    they are to the bit; the optimiser's state keeps its structure whatever trains.
+    """
+
+    @functools.partial(jax.jit, static_argnames=("op", "trains", "strength"), donate_argnames="state")
+    def train_step(
+        state: TrainState, batch: Batch, learning_rate, *, op: OperatingPoint, trains: frozenset[str], strength: float
+    ):
+        augment_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+        with jax.named_scope("augment"):
+            batch = augment(batch, augment_key, strength)
+        flat = flatten_dict(state.params, sep="/")
+        moving = {path: p for path, p in flat.items() if path in trains}
+        frozen = {path: p for path, p in flat.items() if path not in trains}
+
+        def loss_fn(moving):
+            variables = {"params": unflatten_dict(frozen | moving, sep="/"), "batch_stats": state.stats}
+            outputs, changed = model.apply(
+                variables,
+                batch.inputs,
+                op,
+                present=batch.present,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": model_key},
+            )
+            with jax.named_scope("objective"):
+                loss, seen = objective(outputs, batch)
+            return loss, (seen, changed.get("batch_stats", {}))
+
+        (_, (seen, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(moving)
+        with jax.named_scope("optimizer"):
+            seen["grad_norm"] = optax.tree.norm(grads)
+            # Frozen parameters take part with a gradient of 0, and then keep what they had.
+            nothing = {path: jnp.zeros_like(p) for path, p in frozen.items()}
+            mask = {path: path in trains for path in flat}
+            updates, opt_state = optimizer.update(
+                unflatten_dict(nothing | grads, sep="/"), state.opt_state, state.params
+            )
+            updates = flatten_dict(updates, sep="/")
+            params = frozen | {path: p - learning_rate * updates[path] for path, p in moving.items()}
+            opt_state = _keep(optimizer, opt_state, state.opt_state, unflatten_dict(mask, sep="/"))
+        state = TrainState(
+            step=state.step + 1,
+            params=unflatten_dict({path: params[path] for path in flat}, sep="/"),
+            stats=_keep_stats(stats, state.stats, trains),
+            opt_state=opt_state,
+        )
+        return state, seen
+
+    return train_step
+
+
+def make_eval_step(model, metrics, normalise: Callable):
+    """Returns the jitted `eval_step(params, stats, batch, *, op)` → sums of the metrics."""
+
+    @functools.partial(jax.jit, static_argnames=("op",))
+    def eval_step(params, stats, batch: Batch, *, op: OperatingPoint):
+        batch = normalise(batch)
+        variables = {"params": params, "batch_stats": stats}
+        outputs = model.apply(variables, batch.inputs, op, present=batch.present, train=False)
+        return metrics.update(outputs, batch)
+
+    return eval_step
+
+
+def _keep(optimizer, new, old, mask):
+    """The optimiser's new state where `mask` (bool per parameter) holds, the old one elsewhere."""
+    moved = optax.tree_utils.tree_map_params(optimizer, lambda _, m: m, new, mask, transform_non_params=lambda _: True)
+    return jax.tree.map(lambda m, n, o: n if m else o, moved, new, old)
+
+
+def _keep_stats(new, old, trains: frozenset[str]):
+    """New batch statistics of the layers of which some parameter trains, the old ones elsewhere."""
+    layers = {path.rpartition("/")[0] for path in trains}
+    old, new = flatten_dict(old, sep="/"), flatten_dict(new, sep="/")
+    return unflatten_dict({p: new[p] if p.rpartition("/")[0] in layers else old[p] for p in old}, sep="/")

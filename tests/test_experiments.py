@@ -1,0 +1,232 @@
+"""Experiments: their own configs under eval_shape, shrunk for a few real steps, and as commands."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import common, imagenet_mg
+from experiments.vision import FORMS, ModelConfig, build_model, build_plan
+from mgjax import Taxonomy
+from mgjax import config as cfg
+from mgjax.config import ConfigError
+from mgjax.data import procedural
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CIFAR = Taxonomy.from_names(
+    {"superclass": [f"s{i}" for i in range(20)], "class": [f"c{i}" for i in range(100)]}, {"class": [i // 5 for i in range(100)]}
+)
+FLAT = Taxonomy.from_names({"class": [str(i) for i in range(10)]})
+DATASETS = {
+    "procedural": (procedural.taxonomy(), (32, 32, 3)),
+    "tfds:cifar100": (CIFAR, (32, 32, 3)),
+    "tfds:mnist": (FLAT, (28, 28, 3)),
+}
+
+
+def configured(**given):
+    chosen, _ = imagenet_mg.resolve("cpu", given)
+    return cfg.override(imagenet_mg.Config(), chosen | given)
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_preset_as_it_is_under_eval_shape(dataset, form, size):
+    config = configured(**{"preset": form, "size": size, "data.source": dataset})
+    tree, shape = DATASETS[dataset]
+    model = build_model(config.model, tree, shape)
+    plan = build_plan(config.plan, model, form, 1000)
+    assert plan[-1].name == "joint"
+    for op in {s.op for s in plan}:
+        image = jax.ShapeDtypeStruct((4, *shape), jnp.float32)
+        outputs = jax.eval_shape(lambda x, op=op: model.init_with_output(jax.random.key(0), {"image": x}, op, train=False)[0], image)
+        assert {n: v.shape[1] for n, v in outputs.logits.items()} == {
+            h.name: tree.size(h.task) for h in model.heads if h.task in op.tasks and set(h.sources) & {*op.active, "fused"}
+        }
+
+
+@pytest.mark.parametrize("branch", ["resnet18", "separable", "mlp"])
+def test_other_branches_fit_every_form(branch):
+    for form in ("taps", "branches", "ensemble"):
+        config = ModelConfig(form=form, branch=branch, stem="cifar", widths=(4, 8, 8), blocks=(1, 1, 1))
+        model = build_model(config, procedural.taxonomy(), (32, 32, 3))
+        image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+        jax.eval_shape(lambda x, m=model: m.init(jax.random.key(0), {"image": x}, m.everything, train=False), image)
+
+
+SHRUNK = {
+    "model.widths": (4, 8, 8),
+    "data.limit": 96,
+    "plan.batch_size": 16,
+    "plan.eval_batch_size": 48,
+    "plan.max_steps": 2,
+    "log.every": 1,
+}
+
+
+def shrunk(tmp_path, **given):
+    """Runs the experiment in this process, on 8 devices."""
+    config = configured(**SHRUNK | given)
+    meta = {"experiment": "imagenet_mg", "config": json.loads(json.dumps(cfg.to_dict(config)))}
+    return imagenet_mg.train(config, tmp_path, meta)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_preset_shrunk_for_a_few_steps(form, tmp_path):
+    facts = shrunk(tmp_path, preset=form)
+    stages = {"taps": 4, "branches": 4, "ensemble": 3, "linear": 1}[form]
+    assert len(facts["stages"]) == stages and facts["steps"] == 2 * stages
+    assert set(facts["test"]["levels"]) == {"form", "part", "texture"}
+    assert facts["test"]["inconsistency"] == 0 and facts["test"]["examples"] == 96
+    assert np.isfinite(json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+
+
+def test_single_stages_cost_less_than_the_joint_one(tmp_path):
+    facts = shrunk(tmp_path, preset="taps")
+    per_step = [s["flops"] / s["steps"] for s in facts["stages"]]
+    assert per_step == sorted(per_step) and per_step[0] < per_step[1] < per_step[-1]
+
+
+def test_cifar100_shrunk(shared_data, tmp_path):
+    facts = shrunk(tmp_path, **{"data.source": "tfds:cifar100", "data.dir": str(shared_data / "tfds"), "data.limit": 200})
+    assert set(facts["test"]["levels"]) == {"superclass", "class"}
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"preset": "tabs"}, "no preset 'tabs'; there are taps"),
+        ({"size": "tpu"}, "'cpu' or 'gpu'"),
+        ({"plan.alone": ()}, "plan.alone"),
+        ({"model.dtype": "float8"}, "model.dtype"),
+        ({"model.branch": "resnet99"}, "no residual network 'resnet99'"),
+    ],
+)
+def test_configs_that_do_not_fit(given, says):
+    with pytest.raises(ValueError, match=says):
+        config = configured(**given)
+        model = build_model(config.model, procedural.taxonomy(), (32, 32, 3))
+        build_plan(config.plan, model, config.model.form, 100)
+
+
+def test_the_command_line_comes_after_the_preset():
+    assert configured(**{"model.stem": "cifar"}).model.stem == "cifar"
+    assert configured().model.stem == "patch"
+    with pytest.raises(ConfigError, match="nearest is --config.model.widths"):
+        cfg.override(imagenet_mg.Config(), {"model.width": 3})
+
+
+# ---------------------------------------------------------------------- as a command
+
+
+def command(*arguments, **options):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    line = [sys.executable, "-m", "experiments.imagenet_mg", *arguments]
+    return subprocess.Popen(
+        line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def finish(process, timeout=240):
+    try:
+        return process.communicate(timeout=timeout)[0], process.returncode
+    finally:
+        process.kill()
+
+
+SMALL = [f"--config.{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in SHRUNK.items()]
+
+
+def test_help_lists_every_key_with_default_and_meaning():
+    said, _ = finish(command("--help"))
+    text = " ".join(said.split())
+    for dotted, leaf in cfg.leaves(imagenet_mg.Config()).items():
+        assert f"config.{dotted}" in text, dotted
+        assert leaf.help.split(":")[0][:40] in text, dotted
+    assert "--workdir" in text and "default: '0.2'" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--config.optim.lr=1"], "error: unknown key --config.optim.lr; the nearest is --config.optim.learning_rate"),
+        (["--config.data.source=imagnet"], "error: no dataset 'imagnet': 'procedural' or 'tfds:NAME'"),
+        (["--config.data.source=tfds:cifar100", "--config.data.dir=/no/such"], "error: tfds:cifar100: there is no directory"),
+        (["--config.seed=x"], "error: flag --config.seed=x"),
+        (["cifar100"], "error: unexpected argument 'cifar100'"),
+        (["--workdir=/proc/x"], "error: workdir '/proc/x' cannot be written to"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, says, tmp_path):
+    arguments = arguments if any("workdir" in a for a in arguments) else [*arguments, f"--workdir={tmp_path}"]
+    said, code = finish(command(*arguments))
+    assert says in said and code == 2 and "Traceback" not in said, said
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_command_that_is_interrupted_continues_when_it_is_repeated(tmp_path):
+    """Also: what the workdir holds, the shape of the summary, and what a third call does."""
+    workdir, slow = tmp_path / "W", "--config.plan.max_steps=40"
+    arguments = [f"--workdir={workdir}", *SMALL, slow, "--config.plan.joint=40", "--config.checkpoint.every=5"]
+    first = command(*arguments)
+    try:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            path = workdir / "metrics.jsonl"
+            if path.exists() and len(path.read_text().splitlines()) >= 6:
+                break
+            assert first.poll() is None, first.stdout.read()
+            time.sleep(0.2)
+        first.send_signal(signal.SIGINT)
+        said, code = finish(first)
+    finally:
+        first.kill()
+    assert code == 130 and "the same command with --workdir" in said, said
+    assert not (workdir / "summary.json").exists()
+
+    said, code = finish(command(*arguments))
+    assert code == 0 and "continuing at step" in said and "image" in said, said
+    assert re.search(r"no accelerator: the CPU-sized preset", said)
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert {"experiment", "dataset", "seed", "command", "hardware", "versions", "params", "train_flops"} <= set(summary)
+    assert {"steps", "seconds", "stages", "test"} <= set(summary) and summary["versions"]["jax"] == jax.__version__
+    assert {"name", "steps", "seconds", "flops", "val"} <= set(summary["stages"][0])
+    level = summary["test"]["levels"]["texture"]
+    assert {"accuracy", "top5", "precision", "recall", "f1", "ece", "raw_accuracy"} <= set(level)
+    assert {"full_path_accuracy", "inconsistency", "raw_inconsistency", "tree_distance", "mistake_severity"} <= set(summary["test"])
+    assert set(summary["test"]["decoders"]) == {"combined", "lifted", "top_down"}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "tensorboard", "summary.json"} <= {p.name for p in workdir.iterdir()}
+
+    said, code = finish(command(*arguments))
+    assert code == 0 and "this run is complete" in said and "F1" in said
+    said, code = finish(command(*arguments, "--config.seed=1"))
+    assert code == 2 and "config.seed was 0, is 1" in said
+
+
+def test_accelerator_hint_names_the_command(monkeypatch):
+    from mgjax.train import monitor
+
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(monitor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    answer = subprocess.CompletedProcess([], 0, stdout="GPU 0: NVIDIA H200\n", stderr="")
+    monkeypatch.setattr(monitor.subprocess, "run", lambda *a, **k: answer)
+    assert "pip install -U 'jax[cuda]'" in monitor.accelerator_hint()
+    monkeypatch.setattr(monitor.jax, "default_backend", lambda: "gpu")
+    assert monitor.accelerator_hint() is None
+
+
+def test_records_of_other_runs_are_told_apart():
+    old = {"experiment": "a", "config": {"seed": 0, "data.dir": "x"}}
+    common.check_same(old, {"experiment": "a", "config": {"seed": 0, "data.dir": "y"}}, pathlib.Path("w"))
+    with pytest.raises(ValueError, match="experiment was 'a', is 'b'"):
+        common.check_same(old, {"experiment": "b", "config": old["config"]}, pathlib.Path("w"))
