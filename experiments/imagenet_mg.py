@@ -47,6 +47,10 @@ SIZES = {
     "cpu": {"model.branch": "resnet", "model.stem": "patch", "model.downsample": "pool"},
     "gpu": {"model.branch": "resnet18", "model.dtype": "bfloat16", "plan.alone": (10.0,), "plan.joint": 60.0},
 }
+PRESETS = {
+    # A linear model has no norm to tame a large step.
+    "linear": {"optim.learning_rate": 0.003, "plan.joint": 20.0},
+}
 RECIPES = {
     ("procedural", "cpu"): {
         "model.widths": (24, 48, 96, 96),
@@ -82,7 +86,11 @@ def resolve(backend: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
     said = f"preset {form}, size {chosen}"
     if size == "auto" and chosen == "cpu":
         said += " (no accelerator: the CPU-sized preset; --config.size=gpu is the full one)"
-    return SIZES[chosen] | RECIPES[kind, chosen] | {"preset": form, "size": chosen, "model.form": form}, said
+    return SIZES[chosen] | RECIPES[kind, chosen] | PRESETS.get(form, {}) | {
+        "preset": form,
+        "size": chosen,
+        "model.form": form,
+    }, said
 
 
 def train(config: Config, workdir: pathlib.Path, meta: dict) -> dict:

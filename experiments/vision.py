@@ -72,9 +72,7 @@ def build_model(config: ModelConfig, taxonomy: Taxonomy, image_shape: Sequence[i
     elif config.form == "branches":
         scales = [config.view_scale * 2.0 ** (i + 1 - len(levels)) for i in range(len(levels))]
         branches = {l: _branch(config, image_shape, s) for l, s in zip(levels, scales)}
-        granularities = [
-            Granularity(l, l, list(branches[l].feature_info)[-1], _view(s)) for l, s in zip(levels, scales)
-        ]
+        granularities = [Granularity(l, l, list(branches[l].feature_info)[-1], _view(s)) for l, s in zip(levels, scales)]
         fusion = ConcatFusion(config.fusion_width, dtype=_dtype(config))
         heads = [Head(l, {l: "grad", FUSED: "stop"}) for l in levels[:-1]] + [Head(levels[-1], {FUSED: "grad"})]
     elif config.form == "ensemble":

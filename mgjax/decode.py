@@ -47,7 +47,9 @@ def task_log_probs(outputs: Outputs, heads: Sequence[Head], tasks: Sequence[Task
     """
     result = {}
     for task in tasks:
-        of_heads = [jax.nn.log_softmax(outputs.logits[h.name]) for h in heads if h.task == task.name and h.name in outputs.logits]
+        of_heads = [
+            jax.nn.log_softmax(outputs.logits[h.name]) for h in heads if h.task == task.name and h.name in outputs.logits
+        ]
         if of_heads:
             result[task.name] = jax.nn.logsumexp(jnp.stack(of_heads), 0) - jnp.log(len(of_heads))
     return result

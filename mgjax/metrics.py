@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -57,6 +58,15 @@ class ClassificationMetrics:
                 "raw": _level_sums(raw[level], said, truth[level], known),
             }
 
+        # Where several heads answer one task, each is reported by itself too.
+        several = [h for h in self.heads if sum(h.task == o.task for o in self.heads) > 1 and h.name in outputs.logits]
+        sums["heads"] = {}
+        for head in several:
+            task = next(t for t in self.tasks if t.name == head.task)
+            said, labels = jax.nn.log_softmax(outputs.logits[head.name]), batch.targets[task.target]
+            known = batch.mask & (labels >= 0)
+            sums["heads"][head.name] = _level_sums(said, jnp.argmax(said, -1), labels, known)
+
         count = lambda flags: jnp.sum((flags & batch.mask).astype(jnp.float32))
         finest = levels[-1]
         known = batch.mask & jnp.stack([truth[l] >= 0 for l in levels]).all(0)
@@ -100,6 +110,7 @@ class ClassificationMetrics:
         return {
             "examples": int(n),
             "levels": levels,
+            **({"heads": {h: _level_figures(s) for h, s in sums["heads"].items()}} if sums["heads"] else {}),
             "full_path_accuracy": share(sums["right_path"]["combined"], sums["known_paths"]),
             "inconsistency": share(sums["inconsistent"], n),
             "raw_inconsistency": share(sums["raw_inconsistent"], n),
@@ -108,9 +119,7 @@ class ClassificationMetrics:
             "decoders": {
                 method: {
                     "full_path_accuracy": share(sums["right_path"][method], sums["known_paths"]),
-                    "accuracy": {
-                        l: share(sums["right"][method][l], sums["levels"][l]["raw"]["count"]) for l in levels
-                    },
+                    "accuracy": {l: share(sums["right"][method][l], sums["levels"][l]["raw"]["count"]) for l in levels},
                 }
                 for method in METHODS
             },
@@ -120,7 +129,7 @@ class ClassificationMetrics:
         """bool [B]: some label's ancestor is not the label given for that coarser level."""
         levels = [l for l in self.taxonomy.levels if l in labels]
         result = jnp.zeros(labels[levels[0]].shape, bool)
-        for coarse, fine in zip(levels, levels[1:]):
+        for coarse, fine in itertools.pairwise(levels):
             result |= jnp.asarray(self.taxonomy.ancestors(fine, coarse))[labels[fine]] != labels[coarse]
         return result
 

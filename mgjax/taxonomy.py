@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -223,7 +224,7 @@ class Taxonomy:
         chosen = tuple(levels) or tuple(sorted(known, key=lambda k: len(known[k].names)))
         rename = rename or {}
         parents = {}
-        for coarse, fine in zip(chosen, chosen[1:]):
+        for coarse, fine in itertools.pairwise(chosen):
             if labels is None:
                 raise TaxonomyError("labels are needed to find the parents of a taxonomy with several levels")
             parents[rename.get(fine, fine)] = _observed_parents(

@@ -40,6 +40,4 @@ def uneven():
     """A taxonomy of uneven depth: animal (cat, dog (poodle, spaniel)), vehicle (car), plant."""
     from mgjax import Taxonomy
 
-    return Taxonomy.from_nested(
-        {"animal": {"cat": None, "dog": ["poodle", "spaniel"]}, "vehicle": ["car"], "plant": None}
-    )
+    return Taxonomy.from_nested({"animal": {"cat": None, "dog": ["poodle", "spaniel"]}, "vehicle": ["car"], "plant": None})

@@ -32,9 +32,7 @@ def initialise(branch, x, taps):
 def test_every_tap_is_what_feature_info_promises(name):
     branch, x = SMALL[name], images()
     taps = tuple(branch.feature_info)
-    features, _ = jax.eval_shape(
-        lambda: branch.init_with_output(jax.random.key(0), x, taps=taps, train=False)
-    )
+    features, _ = jax.eval_shape(lambda: branch.init_with_output(jax.random.key(0), x, taps=taps, train=False))
     for tap, info in branch.feature_info.items():
         assert features[tap].vector.shape == (8, info.channels)
         if info.reduction is None:
@@ -77,9 +75,7 @@ def test_a_batch_sharded_over_devices_gives_the_same(name):
     branch, x = SMALL[name], images()
     taps = (list(branch.feature_info)[-1],)
     variables = initialise(branch, x, taps)
-    apply = jax.jit(
-        lambda v, x: branch.apply(v, x, taps=taps, train=True, mutable=["batch_stats"])[0][taps[0]].vector
-    )
+    apply = jax.jit(lambda v, x: branch.apply(v, x, taps=taps, train=True, mutable=["batch_stats"])[0][taps[0]].vector)
     sharded = jax.device_put(x, NamedSharding(make_mesh(), PartitionSpec("data")))
     assert len(sharded.devices()) == 8
     np.testing.assert_allclose(apply(variables, sharded), apply(variables, x), rtol=2e-4, atol=2e-5)
@@ -101,17 +97,13 @@ def test_what_lies_below_the_deepest_tap_is_not_traced(name):
     taps = tuple(branch.feature_info)
     variables = initialise(branch, x, taps)
     cost = [
-        count_flops(
-            lambda v, t=t: branch.apply(v, x, taps=(t,), train=True, mutable=["batch_stats"])[0], variables
-        ).total
+        count_flops(lambda v, t=t: branch.apply(v, x, taps=(t,), train=True, mutable=["batch_stats"])[0], variables).total
         for t in taps
     ]
     assert cost == sorted(cost) and len(set(cost)) == len(cost)
 
 
-@pytest.mark.parametrize(
-    "name, published", [("resnet18", 11_176_512), ("resnet34", 21_284_672), ("resnet50", 23_508_032)]
-)
+@pytest.mark.parametrize("name, published", [("resnet18", 11_176_512), ("resnet34", 21_284_672), ("resnet50", 23_508_032)])
 def test_published_parameter_counts_without_the_classifier(name, published):
     branch = ResNet.named(name)
     variables = jax.eval_shape(lambda: initialise(branch, jnp.ones((1, 64, 64, 3)), ("stage4",)))

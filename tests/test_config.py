@@ -59,7 +59,12 @@ def test_values_of_the_wrong_type_are_refused(argument):
 
 @pytest.mark.parametrize(
     "wrong, near",
-    [("optim.lr", "optim.learning_rate"), ("learning_rate", "optim.learning_rate"), ("optim.stpes", "optim.steps"), ("nmae", "name")],
+    [
+        ("optim.lr", "optim.learning_rate"),
+        ("learning_rate", "optim.learning_rate"),
+        ("optim.stpes", "optim.steps"),
+        ("nmae", "name"),
+    ],
 )
 def test_an_unknown_key_names_the_nearest(wrong, near):
     with pytest.raises(ConfigError, match=f"unknown key --config.{wrong}; the nearest is --config.{near} "):

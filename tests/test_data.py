@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mgjax import Batch, Taxonomy
-from mgjax.data import Augment, ArraySource, DataConfig, DataError, eval_batches, load_dataset, train_batches
+from mgjax.data import ArraySource, Augment, DataConfig, DataError, eval_batches, load_dataset, train_batches
 from mgjax.data.images import DecodeError, decode_rgb, fit
 from mgjax.data.procedural import COUNTS, ProceduralSource, taxonomy
 from mgjax.data.sources import Subset, in_memory, shuffled, split
@@ -39,6 +39,7 @@ def test_every_kind_of_png_becomes_rgb(rng):
 
 def test_cmyk_jpeg_becomes_rgb():
     from PIL import Image
+
     buffer = io.BytesIO()
     Image.new("CMYK", (8, 6), (0, 255, 255, 0)).save(buffer, "JPEG")
     decoded = decode_rgb(buffer.getvalue())
@@ -81,8 +82,7 @@ def test_procedural_is_balanced_deterministic_and_consistent():
 
 def test_procedural_splits_and_seeds_share_no_image():
     images = [
-        ProceduralSource(s, seed).take(np.arange(72))["image"].reshape(72, -1)
-        for s, seed in itertools.product(COUNTS, (0, 1))
+        ProceduralSource(s, seed).take(np.arange(72))["image"].reshape(72, -1) for s, seed in itertools.product(COUNTS, (0, 1))
     ]
     hashes = [zlib.crc32(row.tobytes()) for split_ in images for row in split_]
     assert len(set(hashes)) == len(hashes)
@@ -154,8 +154,7 @@ def test_processes_share_a_batch():
 @pytest.mark.parametrize("size, processes", [(4, 1), (4, 2), (16, 4), (5, 1)])
 def test_evaluation_sees_every_example_once_and_pads(size, processes):
     parts = [
-        list(eval_batches(array_source(), TREE, batch_size=size, process=p, processes=processes))
-        for p in range(processes)
+        list(eval_batches(array_source(), TREE, batch_size=size, process=p, processes=processes)) for p in range(processes)
     ]
     assert len({len(p) for p in parts}) == 1
     batches = [b for p in parts for b in p]

@@ -42,8 +42,7 @@ def test_combined_is_the_argmax_over_all_paths_by_brute_force(uneven, rng):
     for row in range(5):
         # P[h][level][node]: what head h says of a node at a level at or above its own.
         prob = {
-            h: {l: np.exp(said[h][row]) @ uneven.ancestor_matrix(h, l) for l in levels[: i + 1]}
-            for i, h in enumerate(levels)
+            h: {l: np.exp(said[h][row]) @ uneven.ancestor_matrix(h, l) for l in levels[: i + 1]} for i, h in enumerate(levels)
         }
         leaf_prob = np.ones(len(uneven.paths))
         for depth, level in enumerate(levels):
@@ -160,18 +159,14 @@ def test_path_figures_by_hand(evaluated):
     finest = tree.levels[-1]
     answer, truth = np.asarray(decode(logits, tree).labels[finest]), labels[finest]
     raw = {l: np.asarray(v).argmax(-1) for l, v in logits.items()}
-    disagree = [
-        any(tree.lift(raw[b][i], b, a) != raw[a][i] for a, b in itertools.pairwise(tree.levels)) for i in range(200)
-    ]
+    disagree = [any(tree.lift(raw[b][i], b, a) != raw[a][i] for a, b in itertools.pairwise(tree.levels)) for i in range(200)]
     assert figures["full_path_accuracy"] == pytest.approx((answer == truth).mean())
     assert figures["raw_inconsistency"] == pytest.approx(np.mean(disagree)) and np.mean(disagree) > 0
     assert figures["inconsistency"] == 0
     assert figures["tree_distance"] == pytest.approx(tree.distance(answer, truth).mean())
     wrong = answer != truth
     depth = tree.lca_depth(answer[wrong], truth[wrong])
-    height = [
-        tree.root_height if d == 0 else tree.heights[d - 1][tree.paths[t, d - 1]] for d, t in zip(depth, truth[wrong])
-    ]
+    height = [tree.root_height if d == 0 else tree.heights[d - 1][tree.paths[t, d - 1]] for d, t in zip(depth, truth[wrong])]
     assert figures["mistake_severity"] == pytest.approx(np.mean(height))
     for method in METHODS:
         expected = (np.asarray(decode(logits, tree, method).labels[finest]) == truth).mean()
@@ -184,7 +179,9 @@ def test_padding_and_splitting_change_nothing(evaluated):
     expected = whole[0].compute(whole[0].update(*whole[1:]))
     cut = lambda tree_, a, b: jax.tree.map(lambda x: jnp.asarray(x)[a:b], tree_)
     first = setup_metrics(tree, cut(logits, 0, 120), cut(labels, 0, 120))
-    padded = jax.tree.map(lambda x: jnp.concatenate([x[120:], jnp.full_like(x[:40], 1)]), jax.tree.map(jnp.asarray, (logits, labels)))
+    padded = jax.tree.map(
+        lambda x: jnp.concatenate([x[120:], jnp.full_like(x[:40], 1)]), jax.tree.map(jnp.asarray, (logits, labels))
+    )
     second = setup_metrics(tree, *padded, mask=np.arange(120) < 80)
     sums = jax.tree.map(jnp.add, first[0].update(*first[1:]), second[0].update(*second[1:]))
     got = whole[0].compute(sums)
@@ -208,3 +205,17 @@ def test_no_example_is_an_error(evaluated):
     metrics, outputs, batch = setup_metrics(*evaluated, mask=np.zeros(200, bool))
     with pytest.raises(ValueError, match="no example"):
         metrics.compute(metrics.update(outputs, batch))
+
+
+def test_heads_that_share_a_task_are_reported_each(evaluated):
+    tree, logits, labels = evaluated
+    level = tree.levels[0]
+    heads = [Head(level, {"g": "grad"}, "one"), Head(level, {"h": "grad"}, "two")]
+    tasks = [Task(level, level, tree.size(level), level)]
+    outputs = Outputs({"one": logits[level], "two": -logits[level]})
+    batch = Batch({}, {level: jnp.asarray(labels[level])}, jnp.ones(200, bool), jnp.arange(200))
+    metrics = ClassificationMetrics(tree, tasks, heads)
+    figures = metrics.compute(metrics.update(outputs, batch))
+    right = np.asarray(logits[level]).argmax(-1) == labels[level]
+    assert figures["heads"]["one"]["accuracy"] == pytest.approx(right.mean())
+    assert figures["heads"]["two"]["accuracy"] < right.mean()

@@ -23,7 +23,8 @@ from mgjax.data import procedural
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CIFAR = Taxonomy.from_names(
-    {"superclass": [f"s{i}" for i in range(20)], "class": [f"c{i}" for i in range(100)]}, {"class": [i // 5 for i in range(100)]}
+    {"superclass": [f"s{i}" for i in range(20)], "class": [f"c{i}" for i in range(100)]},
+    {"class": [i // 5 for i in range(100)]},
 )
 FLAT = Taxonomy.from_names({"class": [str(i) for i in range(10)]})
 DATASETS = {
@@ -49,7 +50,9 @@ def test_every_preset_as_it_is_under_eval_shape(dataset, form, size):
     assert plan[-1].name == "joint"
     for op in {s.op for s in plan}:
         image = jax.ShapeDtypeStruct((4, *shape), jnp.float32)
-        outputs = jax.eval_shape(lambda x, op=op: model.init_with_output(jax.random.key(0), {"image": x}, op, train=False)[0], image)
+        outputs = jax.eval_shape(
+            lambda x, op=op: model.init_with_output(jax.random.key(0), {"image": x}, op, train=False)[0], image
+        )
         assert {n: v.shape[1] for n, v in outputs.logits.items()} == {
             h.name: tree.size(h.task) for h in model.heads if h.task in op.tasks and set(h.sources) & {*op.active, "fused"}
         }
@@ -203,7 +206,9 @@ def test_a_command_that_is_interrupted_continues_when_it_is_repeated(tmp_path):
     assert {"name", "steps", "seconds", "flops", "val"} <= set(summary["stages"][0])
     level = summary["test"]["levels"]["texture"]
     assert {"accuracy", "top5", "precision", "recall", "f1", "ece", "raw_accuracy"} <= set(level)
-    assert {"full_path_accuracy", "inconsistency", "raw_inconsistency", "tree_distance", "mistake_severity"} <= set(summary["test"])
+    assert {"full_path_accuracy", "inconsistency", "raw_inconsistency", "tree_distance", "mistake_severity"} <= set(
+        summary["test"]
+    )
     assert set(summary["test"]["decoders"]) == {"combined", "lifted", "top_down"}
     assert {"config.json", "metrics.jsonl", "checkpoints", "tensorboard", "summary.json"} <= {p.name for p in workdir.iterdir()}
 

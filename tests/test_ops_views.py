@@ -32,9 +32,9 @@ def test_shifted_depthwise_convolution_is_laxs(size, kernel, strides, channels, 
 def test_depthwise_gradients_agree():
     x = jax.random.normal(jax.random.key(0), (2, 6, 5, 3))
     weights = jax.random.normal(jax.random.key(1), (3, 3, 1, 3))
-    grad = lambda impl: jax.grad(
-        lambda x, w: (ops.depthwise_conv(x, w, strides=(2, 1), impl=impl) ** 2).sum(), argnums=(0, 1)
-    )(x, weights)
+    grad = lambda impl: jax.grad(lambda x, w: (ops.depthwise_conv(x, w, strides=(2, 1), impl=impl) ** 2).sum(), argnums=(0, 1))(
+        x, weights
+    )
     for a, b in zip(grad("xla"), grad("shift")):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 

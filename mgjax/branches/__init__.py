@@ -11,4 +11,4 @@ from mgjax.branches.mlp import MLP
 from mgjax.branches.resnet import ResNet
 from mgjax.branches.separable import SeparableNet
 
-__all__ = ["Branch", "MLP", "ResNet", "SeparableNet"]
+__all__ = ["MLP", "Branch", "ResNet", "SeparableNet"]

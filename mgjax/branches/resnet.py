@@ -38,9 +38,9 @@ class ResidualBlock(nn.Module):
         for i, (features, kernel, stride) in enumerate(widths):
             last = i == len(widths) - 1
             activation = None if last else self.activation
-            y = Conv(
-                features, kernel, stride, activation=activation, zero_scale=last, name=f"conv{i + 1}", **common
-            )(y, train=train)
+            y = Conv(features, kernel, stride, activation=activation, zero_scale=last, name=f"conv{i + 1}", **common)(
+                y, train=train
+            )
         if x.shape != y.shape:
             x = Conv(out, 1, self.stride, activation=None, name="shortcut", **common)(x, train=train)
         return self.activation(x + y)
@@ -85,7 +85,7 @@ class ResNet(Branch):
 
     @classmethod
     def named(cls, name: str, **options) -> ResNet:
-        """"resnet18", "resnet34" or "resnet50" as published; `options` override any attribute."""
+        """ "resnet18", "resnet34" or "resnet50" as published; `options` override any attribute."""
         if name not in NAMED:
             raise ValueError(f"no residual network '{name}'; there are {sorted(NAMED)}")
         return cls(**{**NAMED[name], **options})

@@ -65,9 +65,7 @@ class SeparableNet(Branch):
         for i, (width, count) in enumerate(zip(self.widths, blocks, strict=True)):
             for j in range(count):
                 stride = 2 if i and j == 0 else 1
-                x = SeparableConv(width, self.kernel, stride, name=f"stage{i + 1}_block{j + 1}", **common)(
-                    x, train=train
-                )
+                x = SeparableConv(width, self.kernel, stride, name=f"stage{i + 1}_block{j + 1}", **common)(x, train=train)
             if reader.offer(f"stage{i + 1}", x):
                 break
         return reader.features

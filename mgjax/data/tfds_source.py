@@ -94,7 +94,7 @@ def load_tfds(name: str, directory: str, levels: tuple[str, ...], size: int | No
     )
     if not path.is_dir():
         raise DataError(f"tfds:{name}: there is no directory '{path}'; {help_text}")
-    if not any((path / name).glob("**/features.json")):
+    if not any((path / name.partition(":")[0]).glob("**/features.json")):
         found = sorted({p.parent.parent.name for p in path.glob("*/*/features.json")})
         raise DataError(f"tfds:{name}: '{path}' holds {found or 'no prepared dataset'}, not '{name}'; {help_text}")
     builder = tfds.builder(name, data_dir=str(path))

@@ -113,6 +113,6 @@ class SeparableConv(nn.Module):
         """x: [B, H, W, C] → [B, ⌈H/stride⌉, ⌈W/stride⌉, features]."""
         x = DepthwiseConv(self.kernel, self.stride, dtype=self.dtype, name="depthwise")(x)
         x = self.activation(Norm(self.norm, dtype=self.dtype, name="norm")(x, train=train))
-        return Conv(
-            self.features, 1, norm=self.norm, activation=self.activation, dtype=self.dtype, name="pointwise"
-        )(x, train=train)
+        return Conv(self.features, 1, norm=self.norm, activation=self.activation, dtype=self.dtype, name="pointwise")(
+            x, train=train
+        )

@@ -108,9 +108,7 @@ def fit(
     train_step = make_train_step(model, objective, augment, optimizer, seed)
     eval_step = make_eval_step(model, metrics, augment.normalise)
     traced = [
-        train_step.trace(
-            state, _abstract(example, s.batch_size, mesh), np.float32(0), op=s.op, trains=t, strength=s.augment
-        )
+        train_step.trace(state, _abstract(example, s.batch_size, mesh), np.float32(0), op=s.op, trains=t, strength=s.augment)
         for s, t in zip(plan, trains)
     ]
     # Stages that differ in nothing that is compiled share one executable.
@@ -271,9 +269,7 @@ class _Run:
         if self.signals.received:
             self.save()
             self.monitor.stop()
-            self.monitor.say(
-                f"stopped at step {self.position.step}; the same command with --workdir={self.workdir} continues"
-            )
+            self.monitor.say(f"stopped at step {self.position.step}; the same command with --workdir={self.workdir} continues")
             raise Interrupted(128 + self.signals.received)
 
 

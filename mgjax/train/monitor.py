@@ -83,7 +83,12 @@ class Monitor:
     def start(self, stage: str, steps: int, done: int) -> None:
         """A stage begins, `done` of its steps having been done before."""
         if self.console.is_terminal:
-            columns = TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}")
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[said]}"),
+            )
             self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task(stage, total=steps, completed=done, said="compiling")
             self.bar.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import optax
@@ -20,23 +21,46 @@ class OptimConfig:
     clip: float = key(0.0, "largest global norm of the gradient (0: no clipping)")
 
 
-def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """An optimiser for learning rate 1: the step multiplies its updates by −learning rate.
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """One Optax transformation per parameter, for learning rate 1.
 
-    The learning rate is passed in, so that the state is the same in every stage.
+    Parameters and states are flat dicts by path. Only what is handed in with a gradient moves;
+    the state of everything else, step counts of bias corrections included, stays to the bit, so
+    a parameter that begins late begins afresh, and the state's structure never changes.
+
+    Attributes:
+        each: the transformation of one parameter; it sees nothing of the others.
+        clip: largest global norm of the gradient over all that move; 0 = no clipping.
+    """
+
+    each: optax.GradientTransformation
+    clip: float = 0.0
+
+    def init(self, params: Mapping[str, jax.Array]) -> dict:
+        """path → state."""
+        return {path: self.each.init(p) for path, p in params.items()}
+
+    def update(self, grads: Mapping, state: Mapping, params: Mapping) -> tuple[dict, dict]:
+        """Returns (path → update, path → state), updates for the paths of `grads` alone."""
+        if self.clip:
+            grads, _ = optax.clip_by_global_norm(self.clip).update(dict(grads), optax.EmptyState())
+        moved = {path: self.each.update(g, state[path], params[path]) for path, g in grads.items()}
+        return {path: u for path, (u, _) in moved.items()}, dict(state) | {path: s for path, (_, s) in moved.items()}
+
+
+def make_optimizer(config: OptimConfig) -> Optimizer:
+    """An optimiser for learning rate 1: the step multiplies its updates by −learning rate.
 
     Raises:
         ConfigError: an unknown name.
     """
     # Scales, shifts and biases are not decayed.
-    decay = optax.add_decayed_weights(
-        config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-    )
-    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    decay = optax.add_decayed_weights(config.weight_decay, mask=lambda p: p.ndim > 1)
     if config.name == "sgd":
-        return optax.chain(clip, decay, optax.trace(config.momentum, nesterov=True))
+        return Optimizer(optax.chain(decay, optax.trace(config.momentum, nesterov=True)), config.clip)
     if config.name == "adamw":
-        return optax.chain(clip, optax.scale_by_adam(config.momentum, 0.999), decay)
+        return Optimizer(optax.chain(optax.scale_by_adam(config.momentum, 0.999), decay), config.clip)
     raise ConfigError(f"optim.name is 'sgd' or 'adamw', not '{config.name}'")
 
 

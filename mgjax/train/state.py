@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mgjax.granularity import OperatingPoint
+from mgjax.train.optim import Optimizer
 
 
 @struct.dataclass
@@ -23,7 +23,7 @@ class TrainState:
         step: int32; steps done over all stages. Randomness is folded from it and the seed.
         params: of all granularities, active or not.
         stats: batch statistics.
-        opt_state: of the optimiser, for all parameters.
+        opt_state: per parameter, see `Optimizer`.
     """
 
     step: jax.Array
@@ -65,7 +65,7 @@ def init_fn(model, op: OperatingPoint, inputs):
     return init
 
 
-def create_state(model, optimizer: optax.GradientTransformation, inputs, seed: int, mesh: Mesh) -> TrainState:
+def create_state(model, optimizer: Optimizer, inputs, seed: int, mesh: Mesh) -> TrainState:
     """Initialises all granularities, directly in their place on the mesh.
 
     Args:
@@ -76,7 +76,8 @@ def create_state(model, optimizer: optax.GradientTransformation, inputs, seed: i
     def create(rng):
         variables = init(rng)
         params = variables["params"]
-        return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params))
+        opt_state = unflatten_dict(optimizer.init(flatten_dict(params, sep="/")), sep="/")
+        return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), opt_state)
 
     return jax.jit(create, out_shardings=replicated(mesh))(jax.random.key(seed))
 

@@ -6,16 +6,16 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mgjax.contracts import Batch
 from mgjax.granularity import OperatingPoint
+from mgjax.train.optim import Optimizer
 from mgjax.train.state import TrainState
 
 
-def make_train_step(model, objective: Callable, augment: Callable, optimizer: optax.GradientTransformation, seed: int):
+def make_train_step(model, objective: Callable, augment: Callable, optimizer: Optimizer, seed: int):
     """Returns the jitted `train_step(state, batch, learning_rate, *, op, trains, strength)`.
 
     `op`, `trains` (paths of the parameters that move) and `strength` (of the augmentation) are
@@ -55,20 +55,13 @@ def make_train_step(model, objective: Callable, augment: Callable, optimizer: op
         (_, (seen, stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(moving)
         with jax.named_scope("optimizer"):
             seen["grad_norm"] = optax.tree.norm(grads)
-            # Frozen parameters take part with a gradient of 0, and then keep what they had.
-            nothing = {path: jnp.zeros_like(p) for path, p in frozen.items()}
-            mask = {path: path in trains for path in flat}
-            updates, opt_state = optimizer.update(
-                unflatten_dict(nothing | grads, sep="/"), state.opt_state, state.params
-            )
-            updates = flatten_dict(updates, sep="/")
+            updates, opt_state = optimizer.update(grads, flatten_dict(state.opt_state, sep="/"), moving)
             params = frozen | {path: p - learning_rate * updates[path] for path, p in moving.items()}
-            opt_state = _keep(optimizer, opt_state, state.opt_state, unflatten_dict(mask, sep="/"))
         state = TrainState(
             step=state.step + 1,
-            params=unflatten_dict({path: params[path] for path in flat}, sep="/"),
+            params=unflatten_dict(params, sep="/"),
             stats=_keep_stats(stats, state.stats, trains),
-            opt_state=opt_state,
+            opt_state=unflatten_dict(opt_state, sep="/"),
         )
         return state, seen
 
@@ -86,12 +79,6 @@ def make_eval_step(model, metrics, normalise: Callable):
         return metrics.update(outputs, batch)
 
     return eval_step
-
-
-def _keep(optimizer, new, old, mask):
-    """The optimiser's new state where `mask` (bool per parameter) holds, the old one elsewhere."""
-    moved = optax.tree_utils.tree_map_params(optimizer, lambda _, m: m, new, mask, transform_non_params=lambda _: True)
-    return jax.tree.map(lambda m, n, o: n if m else o, moved, new, old)
 
 
 def _keep_stats(new, old, trains: frozenset[str]):

@@ -1,0 +1,74 @@
+"""Every command and every snippet of the README runs; commands with their steps shrunk."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from tests.test_experiments import SMALL, command, finish
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
+LINES = [line.partition("#")[0].strip() for kind, body in BLOCKS if kind == "bash" for line in body.splitlines()]
+COMMANDS = [line for line in LINES if line.startswith("python -m experiments.")]
+SNIPPETS = [body for kind, body in BLOCKS if kind == "python"]
+
+
+def test_the_readme_has_commands_and_snippets():
+    assert len(COMMANDS) >= 5 and len(SNIPPETS) >= 2
+    known = ("python -m experiments.", "make ", "pip install ", "source ", "")
+    assert not [line for line in LINES if line and not line.startswith(known[:-1])]
+
+
+@pytest.mark.parametrize("line", [c for c in dict.fromkeys(COMMANDS) if "--help" not in c])
+def test_a_command_of_the_readme(line, tmp_path, request):
+    module, *arguments = shlex.split(line)[2:]
+    assert module == "experiments.imagenet_mg"
+    if "DIR" in line:
+        folder = request.getfixturevalue("shared_data") / "tfds"
+        arguments = [a.replace("=DIR", f"={folder}") for a in arguments]
+    # The test's own workdir, and then its own, smaller sizes.
+    arguments = [a for a in arguments if not a.startswith("--workdir")]
+    said, code = finish(command(*arguments, *SMALL, f"--workdir={tmp_path}"))
+    assert code == 0 and (tmp_path / "summary.json").exists(), said
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
+def test_a_snippet_of_the_readme(snippet):
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("target", ["setup", "train", "test"])
+def test_make_targets_exist(target):
+    result = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_make_takes_cuda_where_a_gpu_answers(tmp_path, monkeypatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200'\n")
+    fake.chmod(0o755)
+    said = {}
+    for name, path in (("with", f"{tmp_path}:"), ("without", "")):
+        monkeypatch.setenv("PATH", path + "/usr/local/bin:/usr/bin:/bin")
+        run = subprocess.run(
+            ["make", "-n", "setup", "PYTHON=python3", f"VENV={tmp_path}/venv"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said[name] = run.stdout
+    assert "'.[dev,cuda]'" in said["with"]
+    if not pathlib.Path("/usr/bin/nvidia-smi").exists():
+        assert "'.[dev]'" in said["without"]
+
+
+def test_make_asks_for_a_python_that_is_new_enough(tmp_path):
+    run = subprocess.run(
+        ["make", "setup", "PYTHON=", f"VENV={tmp_path}/venv"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0 and "Python 3.11 or newer" in run.stdout
