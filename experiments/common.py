@@ -62,14 +62,20 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
 
     meta = {"experiment": name, "config": json.loads(json.dumps(to_dict(config)))}
     summary_path, record_path = workdir / "summary.json", workdir / "config.json"
-    if summary_path.exists():
+    begun = summary_path.exists() or any(p.name.isdigit() for p in workdir.glob("checkpoints/*"))
+    if begun and record_path.exists():
         check_same(json.loads(record_path.read_text()), meta, workdir)
+    else:
+        write_json(record_path, meta)
+    if summary_path.exists():
         print("this run is complete; its summary is shown again")
         summary = json.loads(summary_path.read_text())
     else:
-        if not (workdir / "checkpoints").exists():
-            write_json(record_path, meta)
-        facts = train(config, workdir, meta)
+        try:
+            facts = train(config, workdir, meta)
+        except KeyboardInterrupt:
+            print("stopped before training began", flush=True)
+            raise SystemExit(130) from None
         summary = {
             "experiment": name,
             "dataset": config.data.source,

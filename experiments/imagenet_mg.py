@@ -19,7 +19,7 @@ import jax
 from experiments import common
 from experiments.vision import FORMS, ModelConfig, PlanConfig, build_model, build_plan
 from mgjax import config as cfg
-from mgjax.config import ConfigError, key
+from mgjax.config import key
 from mgjax.data import Augment, DataConfig, eval_batches, load_dataset, train_batches
 from mgjax.metrics import ClassificationMetrics
 from mgjax.objective import Objective
@@ -28,12 +28,12 @@ from mgjax.train import CheckpointConfig, Feeds, LogConfig, OptimConfig, fit
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    preset: str = key("auto", f"form of the model: {', '.join(FORMS)}; auto = taps")
-    size: str = key("auto", "'cpu' or 'gpu'; auto = by the device")
+    preset: str = key("auto", "how granularities are composed; auto is taps", choices=("auto", *FORMS))
+    size: str = key("auto", "of the model; auto goes by the device", choices=("auto", "cpu", "gpu"))
     seed: int = key(0, "of initialisation, order and augmentation")
     flip: bool = key(True, "mirror training images at random")
-    padding: int = key(4, "pixels by which training images are shifted at random")
-    smoothing: float = key(0.1, "label smoothing")
+    padding: int = key(4, "pixels by which training images are shifted at random", low=0)
+    smoothing: float = key(0.1, "label smoothing", low=0, high=0.99)
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     plan: PlanConfig = PlanConfig()
@@ -64,7 +64,7 @@ RECIPES = {
     ("procedural", "gpu"): {"model.stem": "cifar", "plan.alone": (2.0,), "plan.joint": 6.0, "padding": 2},
     ("small", "cpu"): {
         "model.widths": (64, 128, 256),
-        "plan.alone": (2.0, 6.0),
+        "plan.alone": (1.0, 6.0),
         "plan.resolution": (0.75,),
         "plan.joint": 5.0,
         "optim.learning_rate": 0.3,
@@ -76,11 +76,9 @@ RECIPES = {
 def resolve(backend: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Preset, size and recipe as values of keys, and one line that says what was chosen."""
     preset, size = given.get("preset", "auto"), given.get("size", "auto")
+    for name in {"preset", "size"} & set(given):
+        cfg.leaves(Config)[name].check(name, given[name])
     form = "taps" if preset == "auto" else preset
-    if form not in FORMS:
-        raise ConfigError(f"no preset '{preset}'; there are {', '.join(FORMS)}")
-    if size not in ("auto", *SIZES):
-        raise ConfigError(f"size is 'auto', 'cpu' or 'gpu', not '{size}'")
     chosen = size if size != "auto" else "cpu" if backend == "cpu" else "gpu"
     kind = "procedural" if given.get("data.source", "procedural") == "procedural" else "small"
     said = f"preset {form}, size {chosen}"
@@ -89,7 +87,6 @@ def resolve(backend: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return SIZES[chosen] | RECIPES[kind, chosen] | PRESETS.get(form, {}) | {
         "preset": form,
         "size": chosen,
-        "model.form": form,
     }, said
 
 
@@ -100,8 +97,8 @@ def train(config: Config, workdir: pathlib.Path, meta: dict) -> dict:
         f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test "
         f"images {data.image_shape}; levels {', '.join(f'{l} ({data.taxonomy.size(l)})' for l in data.taxonomy.levels)}"
     )
-    model = build_model(config.model, data.taxonomy, data.image_shape)
-    plan = build_plan(config.plan, model, config.model.form, len(data.train))
+    model = build_model(config.model, config.preset, data.taxonomy, data.image_shape)
+    plan = build_plan(config.plan, model, config.preset, len(data.train))
     process = dict(process=jax.process_index(), processes=jax.process_count())
     evaluated = lambda split: eval_batches(split, data.taxonomy, batch_size=config.plan.eval_batch_size, **process)
     feeds = Feeds(

@@ -25,16 +25,40 @@ class ConfigError(InputError):
     """A key or a value that the config does not have."""
 
 
-def key(default: Any, help: str) -> Any:
-    """A field of a config dataclass: default value and meaning."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def key(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: Sequence[str] = ()) -> Any:
+    """A field of a config dataclass.
+
+    Args:
+        default: value where nothing else is given.
+        help: meaning, for `--help`.
+        low, high: smallest and largest value; of a tuple, of each of its items.
+        choices: the only values.
+    """
+    if choices:
+        help = f"{help} ({', '.join(choices)})"
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 class Leaf(NamedTuple):
-    """Type and meaning of one key."""
+    """Type, meaning and bounds of one key."""
 
     type: Any
-    help: str
+    help: str = ""
+    low: float | None = None
+    high: float | None = None
+    choices: Sequence[str] = ()
+
+    def check(self, dotted: str, value: Any) -> None:
+        """Raises ConfigError for a value that is not allowed."""
+        for item in value if isinstance(value, tuple) else (value,):
+            if self.choices and item not in self.choices:
+                near = difflib.get_close_matches(str(item), self.choices, 1, 0.0)[0]
+                raise ConfigError(f"--{PREFIX}{dotted} is '{item}'; it is one of {', '.join(self.choices)} (nearest: {near})")
+            if (self.low is not None and not item >= self.low) or (self.high is not None and not item <= self.high):
+                bounds = " and ".join(
+                    f"{word} {b:g}" for word, b in (("at least", self.low), ("at most", self.high)) if b is not None
+                )
+                raise ConfigError(f"--{PREFIX}{dotted} is {item}; it is {bounds}")
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
@@ -46,7 +70,7 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
         if dataclasses.is_dataclass(types_of[field.name]):
             result |= leaves(types_of[field.name], f"{prefix}{field.name}.")
         else:
-            result[prefix + field.name] = Leaf(types_of[field.name], field.metadata.get("help", ""))
+            result[prefix + field.name] = Leaf(types_of[field.name], **field.metadata)
     return result
 
 
@@ -61,7 +85,7 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
     """A copy of `config` with the values at dotted keys replaced.
 
     Raises:
-        ConfigError: an unknown key, with the nearest known one.
+        ConfigError: an unknown key, with the nearest known one; a value out of its bounds.
 
     Example:
         >>> @dataclasses.dataclass(frozen=True)
@@ -73,10 +97,11 @@ def override(config: Config, values: Mapping[str, Any]) -> Config:
         >>> override(Experiment(), {"optim.learning_rate": 0.3}).optim.learning_rate
         0.3
     """
-    known = set(leaves(config))
+    known = leaves(config)
     for dotted, value in values.items():
         if dotted not in known:
             raise ConfigError(unknown_key(dotted, known))
+        known[dotted].check(dotted, value)
         config = _replace(config, dotted.split("."), value)
     return config
 

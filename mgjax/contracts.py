@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 from flax import struct
@@ -60,14 +59,12 @@ class Features:
     """What a branch saw at one tap.
 
     Attributes:
-        vector: [B, C]; pooled over the valid positions.
+        vector: [B, C]; pooled over the positions of the map.
         map: [B, H, W, C] or None.
-        mask: bool [B, H, W], the valid positions of the map, or None if all are.
     """
 
     vector: Vectors
     map: Maps | None = None
-    mask: Any = None
 
 
 @struct.dataclass

@@ -23,17 +23,25 @@ class Identity:
     """The input as it is."""
 
     scale: float = dataclasses.field(default=1.0, init=False)
+    detail: None = dataclasses.field(default=None, init=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Resize:
-    """The image at `scale` times its height and width, antialiased (0.25 = quarter resolution)."""
+    """The image at `scale` times its height and width, antialiased (0.25 = quarter resolution).
+
+    With a `detail` below the scale the image is first reduced to that and then brought up again:
+    what is lost stays lost, but a branch sees as many pixels as without it, so that one network
+    can be compared with and without the detail.
+    """
 
     scale: float
+    detail: float | None = None
 
     def __post_init__(self):
-        if not 0 < self.scale <= 1:
-            raise DeclarationError(f"Resize(scale={self.scale}): a scale lies in (0, 1]")
+        detail = self.scale if self.detail is None else self.detail
+        if not 0 < detail <= self.scale <= 1:
+            raise DeclarationError(f"{self}: 0 < detail <= scale <= 1 is needed")
 
 
 View = Identity | Resize

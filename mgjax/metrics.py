@@ -125,6 +125,21 @@ class ClassificationMetrics:
             },
         }
 
+    def scalars(self, figures: Mapping) -> dict[str, float]:
+        """The figures of `compute` as flat scalars for a log, with slashes in their names."""
+        levels = {f"{level}/{k}": v for level, of_level in figures["levels"].items() for k, v in of_level.items()}
+        return levels | {k: v for k, v in figures.items() if isinstance(v, float)}
+
+    def headline(self, figures: Mapping) -> str:
+        """The figures of `compute` in a few words."""
+        return "  ".join(f"{level} {v['accuracy']:.1%}" for level, v in figures["levels"].items())
+
+    def progress(self, scalars: Mapping[str, float]) -> str:
+        """The scalars of a training step in a few words: loss, and accuracy per level."""
+        start = "accuracy/"
+        shown = (f"{k.removeprefix(start)} {v:.1%}" for k, v in scalars.items() if k.startswith(start))
+        return "  ".join([f"loss {scalars['loss']:.3f}", *shown])
+
     def _inconsistent(self, labels: Mapping) -> jax.Array:
         """bool [B]: some label's ancestor is not the label given for that coarser level."""
         levels = [l for l in self.taxonomy.levels if l in labels]
@@ -140,14 +155,16 @@ def _level_sums(log_probs, answer, truth, known) -> dict:
     right = weight * (answer == truth)
     label = jnp.maximum(truth, 0)
     own = jnp.take_along_axis(log_probs, label[:, None], 1)
-    rank = jnp.sum(log_probs > own, -1)
+    earlier = jnp.arange(classes)[None] < label[:, None]  # of equals, the first counts as higher
+    rank = jnp.sum((log_probs > own) | ((log_probs == own) & earlier), -1)
+    rank = jnp.where(jnp.isfinite(own[:, 0]), rank, classes)  # NaN is no answer
     confidence = jnp.exp(jnp.take_along_axis(log_probs, answer[:, None], 1)[:, 0])
     bins = jnp.clip(jnp.ceil(confidence * BINS).astype(jnp.int32) - 1, 0, BINS - 1)
     per_class = lambda values, at: jnp.zeros(classes, jnp.float32).at[at].add(values)
     per_bin = lambda values: jnp.zeros(BINS, jnp.float32).at[bins].add(values)
     return {
         "count": weight.sum(),
-        "top5": jnp.sum(weight * (rank < 5)),
+        "top5": jnp.sum(weight * (rank < min(5, classes))),
         "right": per_class(right, label),
         "answered": per_class(weight, answer),
         "labelled": per_class(weight, label),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -89,7 +90,7 @@ class Taxonomy:
             own = tuple(str(n) for n in names[level])
             if not own:
                 raise TaxonomyError(f"level '{level}' has no labels")
-            if repeated := sorted({n for n in own if own.count(n) > 1}):
+            if repeated := _repeated(own):
                 raise TaxonomyError(f"level '{level}' has duplicate names: {repeated[:5]}")
             if depth == 0:
                 parent = np.full(len(own), -1, np.int32)
@@ -102,7 +103,7 @@ class Taxonomy:
                 own += tuple(above[i] for i in ended)
                 inherited = np.r_[np.zeros(len(parent), bool), np.ones(len(ended), bool)]
                 parent = np.r_[parent, ended].astype(np.int32)
-                if repeated := sorted({n for n in own if own.count(n) > 1}):
+                if repeated := _repeated(own):
                     raise TaxonomyError(f"level '{level}' repeats the names of leaves above it: {repeated[:5]}")
                 wrong = all_inherited[-1][parent] & ~inherited
                 if wrong.any():
@@ -161,7 +162,7 @@ class Taxonomy:
                     raise TaxonomyError(f"'{child}' is given twice below '{parent}'")
                 raise TaxonomyError(f"'{child}' has a second parent: '{parent_of[child]}' and '{parent}'")
             parent_of[child] = parent
-        declared = {n for n, p in parent_of.items() if p is None} | set(roots or ())
+        declared = dict.fromkeys([n for n, p in parent_of.items() if p is None] + list(roots or ()))  # in order
         tops = [p for p in parent_of.values() if p is not None and p not in parent_of]
         if roots is not None or declared:
             for name in tops:
@@ -355,6 +356,10 @@ class Taxonomy:
     def __repr__(self) -> str:
         shape = " → ".join(f"{level}:{len(names)}" for level, names in zip(self.levels, self.names))
         return f"Taxonomy({shape}, {self.fingerprint})"
+
+
+def _repeated(names) -> list[str]:
+    return sorted(name for name, count in collections.Counter(names).items() if count > 1)
 
 
 def _resolve_parents(level, own, given, above_level, above_names) -> np.ndarray:

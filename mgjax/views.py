@@ -26,6 +26,7 @@ def apply_view(inputs: dict, view: View, resolution: float = 1.0):
         ValueError: a view that changes the resolution of something that is no image.
     """
     scale = view.scale * resolution
+    detail = scale if view.detail is None else view.detail * resolution
     if "image" not in inputs:
         if scale != 1:
             raise ValueError(f"{view} at resolution {resolution} needs an image; the batch has {sorted(inputs)}")
@@ -33,5 +34,5 @@ def apply_view(inputs: dict, view: View, resolution: float = 1.0):
     image = inputs["image"]
     if not jnp.issubdtype(image.dtype, jnp.floating):
         raise ValueError(f"images are normalised to floating point before a view, got {image.dtype} {image.shape}")
-    height, width = (max(1, math.floor(n * scale + 0.5)) for n in image.shape[1:3])
-    return ops.resize(image, height, width)
+    size = lambda factor: [max(1, math.floor(n * factor + 0.5)) for n in image.shape[1:3]]
+    return ops.resize(ops.resize(image, *size(detail)), *size(scale))

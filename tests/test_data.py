@@ -44,6 +44,7 @@ def test_cmyk_jpeg_becomes_rgb():
     Image.new("CMYK", (8, 6), (0, 255, 255, 0)).save(buffer, "JPEG")
     decoded = decode_rgb(buffer.getvalue())
     assert decoded.shape == (6, 8, 3)
+    assert np.abs(decoded.astype(int) - [255, 0, 0]).max() < 10
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", encode(np.zeros((9, 9, 3), np.uint8))[:20]])
@@ -220,6 +221,16 @@ def test_an_undecodable_image_is_masked_and_counted(caplog):
     memory.arrays["s"] = np.zeros(2, np.int32)
     batch = next(eval_batches(memory, TREE, batch_size=2))
     assert batch.mask.tolist() == [True, False] and batch.targets["c"].tolist() == [0, -1]
+    # Batch statistics see a valid image in its place.
+    np.testing.assert_array_equal(batch.inputs["image"][1], batch.inputs["image"][0])
+
+
+def test_a_bad_first_image_does_not_decide_the_size():
+    first_bad = TfdsSource(records(b"x", GOOD), {"c": "label"}, "toy", None, "mask")
+    assert first_bad.take(np.arange(1))["image"].shape == (1, 4, 4, 3)
+    assert in_memory(first_bad, chunk=1).arrays["image"].shape == (2, 4, 4, 3)
+    with pytest.raises(DataError, match="none of its 1 images decodes"):
+        TfdsSource(records(b"x"), {"c": "label"}, "toy", None, "mask").take(np.arange(1))
 
 
 def test_images_of_several_sizes_need_one_size():
@@ -257,12 +268,23 @@ def test_a_dataset_of_one_level(shared_data):
         ({"source": "tfds:"}, "no dataset"),
         ({"source": "tfds:cifar100", "dir": "/no/such"}, r"no directory '/no/such'; prepare it.*download_and_prepare"),
         ({"on_error": "ignore"}, "on_error"),
+        ({"limit": -1}, "data.limit is -1"),
         ({"levels": ("form",)}, "do not apply"),
     ],
 )
 def test_unknown_and_missing_datasets(changes, says):
     with pytest.raises(DataError, match=says):
         load_dataset(DataConfig(**changes))
+
+
+def test_tfrecords_have_no_random_access(shared_data, tmp_path):
+    """A dataset that was prepared in TFDS's other format is refused with the command that mends it."""
+    folder = tmp_path / "mnist" / "3.0.1"
+    folder.mkdir(parents=True)
+    for file in (shared_data / "tfds" / "mnist" / "3.0.1").glob("*.json"):
+        (folder / file.name).write_text(file.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(DataError, match=r"not in the array_record format.*download_and_prepare"):
+        load_dataset(DataConfig(source="tfds:mnist", dir=str(tmp_path)))
 
 
 def test_a_folder_without_the_dataset(shared_data):

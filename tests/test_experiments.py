@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from experiments import common, imagenet_mg
-from experiments.vision import FORMS, ModelConfig, build_model, build_plan
+from experiments.vision import FORMS, build_model, build_plan
 from mgjax import Taxonomy
 from mgjax import config as cfg
 from mgjax.config import ConfigError
 from mgjax.data import procedural
+from mgjax.errors import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CIFAR = Taxonomy.from_names(
@@ -45,7 +46,7 @@ def configured(**given):
 def test_every_preset_as_it_is_under_eval_shape(dataset, form, size):
     config = configured(**{"preset": form, "size": size, "data.source": dataset})
     tree, shape = DATASETS[dataset]
-    model = build_model(config.model, tree, shape)
+    model = build_model(config.model, form, tree, shape)
     plan = build_plan(config.plan, model, form, 1000)
     assert plan[-1].name == "joint"
     for op in {s.op for s in plan}:
@@ -59,16 +60,32 @@ def test_every_preset_as_it_is_under_eval_shape(dataset, form, size):
 
 
 @pytest.mark.parametrize("branch", ["resnet18", "separable", "mlp"])
-def test_other_branches_fit_every_form(branch):
+@pytest.mark.parametrize("dataset", ["procedural", "tfds:cifar100"])
+def test_other_branches_fit_every_form(dataset, branch):
+    tree, shape = DATASETS[dataset]
     for form in ("taps", "branches", "ensemble"):
-        config = ModelConfig(form=form, branch=branch, stem="cifar", widths=(4, 8, 8), blocks=(1, 1, 1))
-        model = build_model(config, procedural.taxonomy(), (32, 32, 3))
-        image = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-        jax.eval_shape(lambda x, m=model: m.init(jax.random.key(0), {"image": x}, m.everything, train=False), image)
+        given = {"model.branch": branch, "model.stem": "cifar", "plan.resolution": (1.0,), "data.source": dataset}
+        config = configured(**given | {"model.widths": (4, 8, 8), "model.blocks": (1, 1, 1), "preset": form})
+        model = build_model(config.model, form, tree, shape)
+        image = {"image": jax.ShapeDtypeStruct((2, *shape), jnp.float32)}
+        for stage in build_plan(config.plan, model, form, 1000):
+            jax.eval_shape(lambda x, m=model, op=stage.op: m.init(jax.random.key(0), x, op, train=False), image)
+
+
+def test_views_of_less_detail_are_seen_by_the_same_model():
+    sizes = []
+    for scale in (1.0, 0.25):
+        config = configured(**{"model.view_scale": scale})
+        model = build_model(config.model, "taps", procedural.taxonomy(), (32, 32, 3))
+        image = {"image": jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)}
+        variables = jax.eval_shape(lambda x, m=model: m.init(jax.random.key(0), x, m.everything, train=False), image)
+        sizes.append(jax.tree.map(lambda p: p.shape, variables))
+    assert sizes[0] == sizes[1]
 
 
 SHRUNK = {
     "model.widths": (4, 8, 8),
+    "model.blocks": (1, 1, 1),
     "data.limit": 96,
     "plan.batch_size": 16,
     "plan.eval_batch_size": 48,
@@ -108,18 +125,28 @@ def test_cifar100_shrunk(shared_data, tmp_path):
 @pytest.mark.parametrize(
     "given, says",
     [
-        ({"preset": "tabs"}, "no preset 'tabs'; there are taps"),
-        ({"size": "tpu"}, "'cpu' or 'gpu'"),
+        ({"preset": "tabs"}, "preset is 'tabs'.*nearest: taps"),
+        ({"size": "tpu"}, "size is 'tpu'"),
         ({"plan.alone": ()}, "plan.alone"),
-        ({"model.dtype": "float8"}, "model.dtype"),
-        ({"model.branch": "resnet99"}, "no residual network 'resnet99'"),
+        ({"model.dtype": "float8"}, "model.dtype is 'float8'"),
+        ({"model.branch": "resnet99"}, "model.branch is 'resnet99'.*nearest: resnet"),
+        ({"model.stem": "foo"}, "model.stem is 'foo'"),
+        ({"model.downsample": "foo"}, "model.downsample is 'foo'"),
+        ({"model.norm": "foo"}, "model.norm is 'foo'"),
+        ({"model.widths": (4, 8)}, r"a width per stage is needed: model.blocks \(1, 1, 1, 1\), model.widths \(4, 8\)"),
+        ({"plan.batch_size": 0}, "plan.batch_size is 0; it is at least 1"),
+        ({"plan.eval_batch_size": 0}, "at least 1"),
+        ({"checkpoint.every": 0}, "at least 1"),
+        ({"log.every": 0}, "at least 1"),
+        ({"optim.warmup": -0.5}, "optim.warmup is -0.5; it is at least 0 and at most 1"),
+        ({"model.branch": "mlp", "plan.resolution": (0.5,)}, "plan.resolution=1"),
     ],
 )
 def test_configs_that_do_not_fit(given, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(InputError, match=says):
         config = configured(**given)
-        model = build_model(config.model, procedural.taxonomy(), (32, 32, 3))
-        build_plan(config.plan, model, config.model.form, 100)
+        model = build_model(config.model, config.preset, procedural.taxonomy(), (32, 32, 3))
+        build_plan(config.plan, model, config.preset, 100)
 
 
 def test_the_command_line_comes_after_the_preset():
@@ -235,3 +262,13 @@ def test_records_of_other_runs_are_told_apart():
     common.check_same(old, {"experiment": "a", "config": {"seed": 0, "data.dir": "y"}}, pathlib.Path("w"))
     with pytest.raises(ValueError, match="experiment was 'a', is 'b'"):
         common.check_same(old, {"experiment": "b", "config": old["config"]}, pathlib.Path("w"))
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(tmp_path):
+    """Its record is replaced, so that the finished run can be shown again."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps({"experiment": "imagenet_mg", "config": {"seed": 9}}))
+    arguments = [f"--workdir={tmp_path}", *SMALL]
+    assert finish(command(*arguments))[1] == 0
+    said, code = finish(command(*arguments))
+    assert code == 0 and "this run is complete" in said, said

@@ -90,6 +90,10 @@ def test_views():
     assert apply_view({"image": image}, Identity()).shape == (2, 32, 32, 3)
     assert apply_view({"image": image}, Resize(0.25)).shape == (2, 8, 8, 3)
     assert apply_view({"image": image}, Resize(0.5), 0.75).shape == (2, 12, 12, 3)
+    noise = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    blurred = apply_view({"image": noise}, Resize(1.0, detail=0.25))
+    assert blurred.shape == noise.shape
+    np.testing.assert_allclose(blurred, ops.resize(ops.resize(noise, 8, 8), 32, 32), rtol=1e-6)
     assert set(apply_view({"text": image}, Identity())) == {"text"}
     with pytest.raises(ValueError, match="needs an image"):
         apply_view({"text": image}, Resize(0.5))

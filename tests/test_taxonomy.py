@@ -92,6 +92,11 @@ def test_a_single_root_is_left_out():
     assert Taxonomy.from_edges([(None, "all"), ("all", "a"), ("all", "b")]).names == (("a", "b"),)
 
 
+def test_label_ids_do_not_depend_on_hashing():
+    tree = Taxonomy.from_edges([("a", "b")], roots=["a", "z", "m", "k", "b0"])
+    assert tree.names[0] == ("a", "z", "m", "k", "b0")
+
+
 def test_labels_are_lifted_and_unknown_stays_unknown(uneven):
     assert uneven.lift([4, -1, 0], "level_2", "level_0").tolist() == [2, -1, 0]
     assert uneven.ancestor_matrix("level_2", "level_1").sum() == 5

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 from mgjax import ops
 from mgjax.branches.base import Branch, check_image
 from mgjax.contracts import FeatureInfo
+from mgjax.errors import InputError
 from mgjax.layers import Conv
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
+STEMS = {"imagenet": 4, "cifar": 1, "patch": 2}  # reduction of each
+DOWNSAMPLES = ("stride", "pool")
 
 
 class ResidualBlock(nn.Module):
@@ -87,12 +90,19 @@ class ResNet(Branch):
     def named(cls, name: str, **options) -> ResNet:
         """ "resnet18", "resnet34" or "resnet50" as published; `options` override any attribute."""
         if name not in NAMED:
-            raise ValueError(f"no residual network '{name}'; there are {sorted(NAMED)}")
+            raise InputError(f"no residual network '{name}'; there are {sorted(NAMED)}")
         return cls(**{**NAMED[name], **options})
 
     @property
     def feature_info(self) -> dict[str, FeatureInfo]:
-        reduction = {"imagenet": 4, "cifar": 1, "patch": 2}[self.stem]
+        if self.stem not in STEMS or self.downsample not in DOWNSAMPLES or self.kind not in EXPANSION:
+            raise InputError(
+                f"a residual network has a stem of {sorted(STEMS)}, downsamples by {DOWNSAMPLES} and has blocks of "
+                f"{sorted(EXPANSION)}, not '{self.stem}', '{self.downsample}' and '{self.kind}'"
+            )
+        if len(self.blocks) != len(self.widths) or not self.widths:
+            raise InputError(f"a width per stage is needed: blocks {tuple(self.blocks)}, widths {tuple(self.widths)}")
+        reduction = STEMS[self.stem]
         info = {"stem": FeatureInfo(self.stem_width or self.widths[0], reduction)}
         for i, width in enumerate(self.widths):
             info[f"stage{i + 1}"] = FeatureInfo(width * EXPANSION[self.kind], reduction * 2**i)
@@ -117,7 +127,7 @@ class ResNet(Branch):
             x = Conv(width, 3, name="stem", **common)(x, train=train)
         if reader.offer("stem", x):
             return reader.features
-        for i, (count, width) in enumerate(zip(self.blocks, self.widths, strict=True)):
+        for i, (count, width) in enumerate(zip(self.blocks, self.widths)):
             stride = 2 if i else 1
             if i and self.downsample == "pool":
                 x, stride = nn.avg_pool(x, (2, 2), (2, 2)), 1

@@ -9,7 +9,7 @@ import numpy as np
 
 from mgjax.config import key
 from mgjax.data import procedural
-from mgjax.data.sources import DataError, Source, Subset, in_memory, split
+from mgjax.data.sources import DataError, Source, Subset, in_memory, shuffled, split
 from mgjax.data.tfds_source import load_tfds
 from mgjax.taxonomy import Taxonomy
 
@@ -19,11 +19,11 @@ class DataConfig:
     source: str = key("procedural", "dataset: 'procedural' (embedded) or 'tfds:NAME' (prepared, see data.dir)")
     dir: str = key("", "folder of prepared TFDS datasets (empty: ~/tensorflow_datasets)")
     levels: tuple[str, ...] = key((), "label features that are levels, coarse to fine (empty: all, by number of classes)")
-    image_size: int = key(0, "fit images to squares of this side, in pixels (0: as they are)")
+    image_size: int = key(0, "fit images to squares of this side, in pixels (0: as they are)", low=0)
     validation: float = key(0.05, "share of train that is split off for validation where the dataset has none")
-    on_error: str = key("error", "an image that does not decode: 'error' stops, 'mask' goes on without it")
-    cache_gb: float = key(4.0, "decoded splits up to this size are kept in memory, in GB")
-    limit: int = key(0, "use only so many examples of each split, for a quick look (0: all)")
+    on_error: str = key("error", "an image that does not decode stops the run, or is masked", choices=("error", "mask"))
+    cache_gb: float = key(4.0, "decoded splits up to this size are kept in memory, in GB", low=0)
+    limit: int = key(0, "use only so many examples of each split, for a quick look (0: all)", low=0)
     seed: int = key(0, "of the validation split and of the procedural images")
 
 
@@ -58,6 +58,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     """
     if config.on_error not in ("error", "mask"):
         raise DataError(f"data.on_error is 'error' or 'mask', not '{config.on_error}'")
+    if config.limit < 0 or config.image_size < 0:
+        raise DataError(f"data.limit is {config.limit} and data.image_size {config.image_size}; neither can be below 0")
     kind, _, name = config.source.partition(":")
     if config.source == "procedural":
         if config.levels or config.image_size:
@@ -82,7 +84,8 @@ def load_dataset(config: DataConfig) -> Dataset:
         count = math.ceil(config.validation * len(sources["train"]))
         sources["train"], sources["validation"] = split(sources["train"], count, config.seed)
 
-    sample = sources["train"].take(np.arange(min(1024, len(sources["train"]))))
+    order = shuffled(len(sources["train"]), config.seed)
+    sample = sources["train"].take(np.array([order[i] for i in range(min(1024, len(sources["train"])))]))
     pixels = sample["image"][sample["valid"]].astype(np.float64)
     if not len(pixels):
         raise DataError(f"{sources['train'].name}: none of the first images decodes")

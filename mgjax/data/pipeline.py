@@ -33,6 +33,10 @@ def _assemble(source: Source, indices: np.ndarray, taxonomy: Taxonomy, targets: 
         taxonomy.check(example[level], level, f" of the batch at {source.name} {positions[:3].tolist()}…")
     real = np.arange(rows) < len(indices)
     valid = real & example["valid"]
+    if valid.any() and not valid.all():
+        # Masked rows show a valid example again, so that batch statistics see no blank image.
+        shown = np.where(valid, np.arange(rows), np.argmax(valid))
+        example = {key: value[shown] for key, value in example.items()}
     labels = {l: np.where(valid, example[l], -1).astype(np.int32) for l in taxonomy.levels}
     return Batch(
         inputs={"image": example["image"]},

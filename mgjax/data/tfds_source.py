@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -36,17 +37,28 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self.records)
 
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Of every image: (size, size, 3), or that of the first one that decodes."""
+        if self.size:
+            return (self.size, self.size, 3)
+        for i in range(len(self)):
+            image = self._image(i, self.records[i]["image"])
+            if image is not None:
+                return image.shape
+        raise DataError(f"{self.name}: none of its {len(self)} images decodes")
+
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         records = [self.records[int(i)] for i in indices]
         images = [self._image(int(i), r["image"]) for i, r in zip(indices, records)]
-        shape = next((i.shape for i in images if i is not None), (self.size or 1, self.size or 1, 3))
         for i, image in zip(indices, images):
-            if image is not None and image.shape != shape:
+            if image is not None and image.shape != self.shape:
                 raise DataError(
-                    f"{self.name}: example {i} is {image.shape}, others are {shape}: give one size with data.image_size"
+                    f"{self.name}: example {i} is {image.shape}, others are {self.shape}: "
+                    "give one size with --config.data.image_size"
                 )
         labels = {l: np.array([r[f] for r in records], np.int32) for l, f in self.levels.items()}
-        blank = np.zeros(shape, np.uint8)
+        blank = np.zeros(self.shape, np.uint8)
         return {
             "image": np.stack([blank if i is None else i for i in images]),
             "valid": np.array([i is not None for i in images]),
@@ -87,7 +99,7 @@ def load_tfds(name: str, directory: str, levels: tuple[str, ...], size: int | No
 
     path = pathlib.Path(directory or "~/tensorflow_datasets").expanduser()
     help_text = (
-        f"prepare it once with TensorFlow installed (pip install 'mgjax[prepare]'): "
+        f"prepare it once with TensorFlow installed (pip install 'mgjax[prepare]', in a checkout '.[prepare]'): "
         f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{path}', "
         f"file_format='array_record').download_and_prepare()\"; or name the folder that holds "
         f"{name.split('/')[0]}/ with --config.data.dir=DIR"
@@ -113,10 +125,15 @@ def load_tfds(name: str, directory: str, levels: tuple[str, ...], size: int | No
     by_level = {LEVEL_NAMES.get(feature, feature): feature for feature in chosen}
     sources = {}
     for ours, theirs in names.items():
-        records = builder.as_data_source(split=theirs, decoders={"image": tfds.decode.SkipDecoding()})
+        try:
+            records = builder.as_data_source(split=theirs, decoders={"image": tfds.decode.SkipDecoding()})
+        except NotImplementedError:  # prepared as TFRecord, which has no random access
+            raise DataError(f"tfds:{name} in '{path}' is not in the array_record format; {help_text}") from None
         sources[ours] = TfdsSource(records, by_level, f"tfds:{name} {theirs}", size, on_error)
+        if not len(records):
+            raise DataError(f"{sources[ours].name} is empty")
     try:
-        several = sources["train"].labels() if len(chosen) > 1 and len(sources["train"]) else None
+        several = sources["train"].labels() if len(chosen) > 1 else None
         taxonomy = Taxonomy.from_features(labels, chosen, labels=several, rename=LEVEL_NAMES)
     except TaxonomyError as error:
         raise TaxonomyError(f"tfds:{name}: {error}") from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
+from mgjax.errors import InputError
+
 NORMS = ("batch", "group", "layer", "none")
 
 
@@ -22,7 +24,7 @@ class Norm(nn.Module):
         dtype: of the result; parameters are float32.
 
     Raises:
-        ValueError: an unknown kind.
+        InputError: an unknown kind.
 
     Example:
         >>> import jax
@@ -52,4 +54,4 @@ class Norm(nn.Module):
             return nn.LayerNorm(name="norm", **common)(x)
         if self.kind == "none":
             return x
-        raise ValueError(f"norm '{self.kind}' is none of {NORMS}")
+        raise InputError(f"norm '{self.kind}' is none of {NORMS}")

@@ -23,8 +23,8 @@ class CheckpointError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = key(200, "steps between two checkpoints; one more stands at each stage's end")
-    keep: int = key(2, "newest checkpoints that are kept")
+    every: int = key(200, "steps between two checkpoints; one more stands at each stage's end", low=1)
+    keep: int = key(2, "newest checkpoints that are kept", low=1)
 
 
 class Checkpoints:
@@ -50,22 +50,24 @@ class Checkpoints:
             },
         )
 
-    def save(self, state: TrainState, position: Mapping) -> None:
+    def save(self, number: int, state: TrainState, position: Mapping) -> None:
         """Starts to save; the state may be donated as soon as this returns.
+
+        Args:
+            number: grows along a run, and differs wherever `position` does.
 
         Raises:
             CheckpointError: Orbax did not accept the checkpoint.
         """
-        step = position["step"]
-        if step in self.manager.all_steps():
+        if number in self.manager.all_steps():
             return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             position=ocp.args.JsonSave(dict(position)),
             meta=ocp.args.JsonSave(self.meta),
         )
-        if not self.manager.save(step, args=items, force=True):
-            raise CheckpointError(f"'{self.directory}': the checkpoint of step {step} was not saved")
+        if not self.manager.save(number, args=items, force=True):
+            raise CheckpointError(f"'{self.directory}': checkpoint {number} was not saved")
 
     def restore(self, template: TrainState) -> tuple[TrainState, dict] | None:
         """The newest checkpoint as (state, position), or None where there is none.
@@ -102,7 +104,7 @@ class Checkpoints:
         ]
         if changed:
             raise CheckpointError(
-                f"'{self.directory}' holds a checkpoint (step {step}) of another run: {'; '.join(changed[:5])}. "
+                f"'{self.directory}' holds a checkpoint ({step}) of another run: {'; '.join(changed[:5])}. "
                 "Repeat the command that began it, or choose another --workdir"
             )
 
@@ -116,7 +118,7 @@ class Checkpoints:
             if tuple(old.shape) != tuple(new.shape) or old.dtype != new.dtype:
                 wrong.append(f"{name} is {old.dtype}{list(old.shape)}, not {new.dtype}{list(new.shape)}")
         if wrong:
-            raise CheckpointError(f"'{self.directory}', step {step}, does not fit the model: {'; '.join(wrong[:5])}")
+            raise CheckpointError(f"'{self.directory}', checkpoint {step}, does not fit the model: {'; '.join(wrong[:5])}")
 
 
 def _leaves(tree):

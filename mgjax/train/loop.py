@@ -21,7 +21,16 @@ from mgjax.train.checkpoint import CheckpointConfig, Checkpoints
 from mgjax.train.monitor import Monitor, clock
 from mgjax.train.optim import OptimConfig, make_optimizer, make_schedule
 from mgjax.train.stages import Stage, check_batch_size, check_plan, trained_paths
-from mgjax.train.state import TrainState, batch_sharding, count_params, create_state, make_mesh, needed_paths, to_device
+from mgjax.train.state import (
+    TrainState,
+    batch_sharding,
+    count_params,
+    create_state,
+    make_mesh,
+    needed_paths,
+    replicated,
+    to_device,
+)
 from mgjax.train.step import make_eval_step, make_train_step
 
 
@@ -31,8 +40,8 @@ class Interrupted(SystemExit):
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    every: int = key(20, "steps between two records in metrics.jsonl and TensorBoard")
-    validate_every: int = key(0, "steps between two validations inside a stage (0: at its end alone)")
+    every: int = key(20, "steps between two records in metrics.jsonl and TensorBoard", low=1)
+    validate_every: int = key(0, "steps between two validations inside a stage (0: at its end alone)", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +88,8 @@ def fit(
     Args:
         model: has `init`/`apply` of (inputs, op) and `everything`, as MultiGranularityModel.
         objective: (outputs, batch) → (loss, named scalars).
-        metrics: `update(outputs, batch)` → sums inside jit; `compute(sums)` → figures.
+        metrics: `update(outputs, batch)` → sums inside jit, `compute(sums)` → figures, and three
+            ways to show them, as ClassificationMetrics has.
         augment: (batch, rng, strength) → normalised batch; `.normalise(batch)` for evaluation.
         meta, free: see `Checkpoints`.
 
@@ -91,43 +101,46 @@ def fit(
         InputError: a plan, batch size or checkpoint that does not fit; before any training.
         Interrupted: SIGTERM or Ctrl-C; the second one stops at once.
     """
-    # What will run is checked before anything does.
-    mesh = make_mesh()
-    check_plan(plan, mesh.size)
-    check_batch_size(feeds.eval_batch_size, mesh.size, "evaluation")
-    example = next(feeds.train(plan[0], 0, 1))
-    inputs = jax.eval_shape(lambda b: augment.normalise(b).inputs, example)
-    optimizer = make_optimizer(optim)
-    trains = [trained_paths(stage, needed_paths(model, stage.op, inputs)) for stage in plan]
+    with _Signals() as signals:
+        # What will run is checked before anything does.
+        mesh = make_mesh()
+        check_plan(plan, mesh.size)
+        check_batch_size(feeds.eval_batch_size, mesh.size, "evaluation")
+        example = next(feeds.train(plan[0], 0, 1))
+        inputs = jax.eval_shape(lambda b: augment.normalise(b).inputs, example)
+        optimizer = make_optimizer(optim)
+        trains = [trained_paths(stage, needed_paths(model, stage.op, inputs)) for stage in plan]
 
-    state = create_state(model, optimizer, inputs, seed, mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", checkpoint, meta, free)
-    state, position = checkpoints.restore(state) or (state, Position().to_json())
-    position = Position(**position)
+        state = create_state(model, optimizer, inputs, seed, mesh)
+        placed = jax.tree.map(lambda x: x.sharding, state), replicated(mesh)
+        train_step = make_train_step(model, objective, augment, optimizer, seed, placed)
+        eval_step = make_eval_step(model, metrics, augment.normalise, replicated(mesh))
+        checkpoints = Checkpoints(workdir / "checkpoints", checkpoint, meta, free)
+        state, position = checkpoints.restore(state) or (state, dataclasses.asdict(Position()))
+        position = Position(**position)
+        traced = [
+            train_step.trace(
+                state, _abstract(example, s.batch_size, mesh), np.float32(0), op=s.op, trains=t, strength=s.augment
+            )
+            for s, t in zip(plan, trains)
+        ]
+        # Stages that differ in nothing that is compiled share one executable.
+        sameness = [(s.op, s.batch_size, t, s.augment) for s, t in zip(plan, trains)]
+        compiled = functools.cache(lambda same: traced[sameness.index(same)].lower().compile())
 
-    train_step = make_train_step(model, objective, augment, optimizer, seed)
-    eval_step = make_eval_step(model, metrics, augment.normalise)
-    traced = [
-        train_step.trace(state, _abstract(example, s.batch_size, mesh), np.float32(0), op=s.op, trains=t, strength=s.augment)
-        for s, t in zip(plan, trains)
-    ]
-    # Stages that differ in nothing that is compiled share one executable.
-    sameness = [(s.op, s.batch_size, t, s.augment) for s, t in zip(plan, trains)]
-    compiled = functools.cache(lambda same: traced[sameness.index(same)].lower().compile())
-
-    run = _Run(
-        state, position, mesh, plan, feeds, checkpoints, Monitor(workdir, position.step), optim, checkpoint, log, workdir,
-        step_fn=lambda i: compiled(sameness[i]),
-        eval_step=eval_step,
-        metrics=metrics,
-        flops=[count_jaxpr(t.jaxpr.jaxpr).total * s.steps for t, s in zip(traced, plan)],
-    )  # fmt: skip
-    try:
-        with run.signals:
+        run = _Run(
+            state, position, mesh, plan, feeds, checkpoints, Monitor(workdir, position.step), optim, checkpoint, log, workdir,
+            step_fn=lambda i: compiled(sameness[i]),
+            eval_step=eval_step,
+            metrics=metrics,
+            flops=[count_jaxpr(t.jaxpr.jaxpr).total * s.steps for t, s in zip(traced, plan)],
+            signals=signals,
+        )  # fmt: skip
+        try:
             return run.all_stages()
-    finally:
-        run.monitor.close()
-        checkpoints.close()
+        finally:
+            run.monitor.close()
+            checkpoints.close()
 
 
 @dataclasses.dataclass
@@ -150,8 +163,10 @@ class Position:
     stage_seconds: float = 0.0
     stages: list = dataclasses.field(default_factory=list)
 
-    def to_json(self) -> dict:
-        return dataclasses.asdict(self)
+    @property
+    def number(self) -> int:
+        """Of a checkpoint here: the end of a stage is a place of its own, behind its last step."""
+        return self.step + self.stage
 
 
 @dataclasses.dataclass
@@ -173,9 +188,10 @@ class _Run:
     eval_step: Callable
     metrics: Any
     flops: list[int]
+    signals: _Signals
+    unread: tuple | None = None
 
     def __post_init__(self):
-        self.signals = _Signals()
         self.began = time.monotonic() - self.position.seconds
 
     def all_stages(self) -> dict:
@@ -185,14 +201,14 @@ class _Run:
         while position.stage < len(self.plan):
             stage = self.plan[position.stage]
             began = time.monotonic() - position.stage_seconds
+            self.leave_if_asked()
             self.one_stage(stage, began)
             val = self.evaluate(self.feeds.validation(), stage.op)
             seconds = round(time.monotonic() - began, 2)
             flops = self.flops[position.stage]
             report = {"name": stage.name, "steps": stage.steps, "seconds": seconds, "flops": flops, "val": val}
-            self.monitor.write(position.step, _scalars(val))
-            shown = "  ".join(f"{level} {v['accuracy']:.1%}" for level, v in val["levels"].items())
-            self.monitor.say(f"stage {stage.name}: validation {shown}  in {clock(seconds)}")
+            self.write_validation(val)
+            self.monitor.say(f"stage {stage.name}: validation {self.metrics.headline(val)}  in {clock(seconds)}")
             position.stages.append(report)
             position.stage, position.step_in_stage, position.stage_seconds = position.stage + 1, 0, 0.0
             self.save()
@@ -216,42 +232,50 @@ class _Run:
         self.monitor.start(stage.name, stage.steps, position.step_in_stage)
         if position.step_in_stage < stage.steps:
             train_step = self.step_fn(position.stage)
-        pace = (position.step_in_stage, time.monotonic())
-        unread = None
+        self.pace = position.step_in_stage, time.monotonic()
         for batch in self.feeds.train(stage, position.examples_seen, stage.steps - position.step_in_stage):
             rate = rates[position.step_in_stage]
             self.state, scalars = train_step(self.state, to_device(batch, self.mesh), rate)
+            # Scalars are read one step late, when the device already has its next step.
+            self.read_scalars(stage)
             position.step += 1
             position.step_in_stage += 1
             position.examples_seen += stage.batch_size
             position.stage_seconds = time.monotonic() - began
-            # Scalars are read one step late, when the device already has its next step.
-            if unread:
-                self.report_step(stage, *unread, pace)
-            unread = position.step, position.step_in_stage, float(rate), scalars
+            self.unread = position.step, position.step_in_stage, float(rate), scalars
+            last = position.step_in_stage == stage.steps
+            validate = not last and self.log.validate_every and position.step_in_stage % self.log.validate_every == 0
+            save = not last and position.step % self.checkpoint.every == 0
+            if last or validate or save or self.signals.received:
+                self.read_scalars(stage)  # nothing unread is left behind
             self.leave_if_asked()
-            if position.step_in_stage < stage.steps:
-                if position.step % self.checkpoint.every == 0:
-                    self.save()
-                if self.log.validate_every and position.step_in_stage % self.log.validate_every == 0:
-                    self.monitor.write(position.step, _scalars(self.evaluate(self.feeds.validation(), stage.op)))
-        if unread:
-            self.report_step(stage, *unread, pace)
+            if save:
+                self.save()
+            if validate:
+                self.write_validation(self.evaluate(self.feeds.validation(), stage.op))
         self.monitor.stop()
         if position.step_in_stage < stage.steps:
             raise RuntimeError(f"stage '{stage.name}': the data ended after {position.step_in_stage} of {stage.steps} steps")
 
-    def report_step(self, stage: Stage, step: int, done: int, rate: float, scalars: dict, pace: tuple) -> None:
+    def read_scalars(self, stage: Stage) -> None:
+        if not self.unread:
+            return
+        (step, done, rate, scalars), self.unread = self.unread, None
         scalars = {k: float(v) for k, v in fetch(scalars).items()}
-        speed = (done - pace[0]) * stage.batch_size / max(1e-9, time.monotonic() - pace[1])
+        before, since = self.pace
+        speed = (done - before) * stage.batch_size / max(1e-9, time.monotonic() - since)
         # Time left by FLOPs, since a later stage may cost more per example.
         i = self.position.stage
         per_example = self.flops[i] / (stage.steps * stage.batch_size)
         left = per_example * (stage.steps - done) * stage.batch_size + sum(self.flops[i + 1 :])
-        self.monitor.progress(stage.name, done, stage.steps, scalars, speed, left / (per_example * speed))
+        shown = self.metrics.progress(scalars)
+        self.monitor.progress(stage.name, done, stage.steps, shown, speed, left / (per_example * speed))
         if step % self.log.every == 0:
             extra = {"stage": stage.name, "learning_rate": rate, "examples_per_second": round(speed, 2)}
             self.monitor.write(step, scalars | extra)
+
+    def write_validation(self, figures: dict) -> None:
+        self.monitor.write(self.position.step, {f"val/{k}": v for k, v in self.metrics.scalars(figures).items()})
 
     def evaluate(self, batches: Iterator[Batch], op) -> dict:
         sums = None
@@ -263,7 +287,7 @@ class _Run:
 
     def save(self) -> None:
         self.position.seconds = time.monotonic() - self.began
-        self.checkpoints.save(self.state, self.position.to_json())
+        self.checkpoints.save(self.position.number, self.state, dataclasses.asdict(self.position))
 
     def leave_if_asked(self) -> None:
         if self.signals.received:
@@ -277,12 +301,6 @@ def _abstract(batch: Batch, rows: int, mesh) -> Batch:
     """Shapes, dtypes and shardings of a global batch of `rows` rows."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=sharding), batch)
-
-
-def _scalars(val: dict) -> dict:
-    """Scalars of an evaluation, with slashes in their names."""
-    levels = {f"val/{level}/{k}": v for level, figures in val["levels"].items() for k, v in figures.items()}
-    return levels | {f"val/{k}": v for k, v in val.items() if isinstance(v, float)}
 
 
 class _Signals:
@@ -302,6 +320,7 @@ class _Signals:
     def _note(self, number, frame):
         self.received = number
         self._restore()
+        print("\nstopping after the step in flight; once more stops at once", flush=True)
 
     def _restore(self):
         for number, handler in self.before.items():

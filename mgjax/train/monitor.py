@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import pathlib
 import platform
@@ -20,10 +22,16 @@ from tensorboardX import SummaryWriter
 
 def accelerator_hint() -> str | None:
     """The command that mends it, where an NVIDIA GPU answers and JAX sees none; else None."""
-    if os.environ.get("JAX_PLATFORMS", "") == "cpu" or not shutil.which("nvidia-smi") or jax.default_backend() != "cpu":
+    if os.environ.get("JAX_PLATFORMS", "") == "cpu" or not shutil.which("nvidia-smi"):
         return None
-    asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", check=False)
+    try:
+        asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", check=False, timeout=20)
+    except subprocess.TimeoutExpired:
+        return None
     if asked.returncode or "GPU" not in asked.stdout:
+        return None
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)  # ours says what to do, and comes first
+    if jax.default_backend() != "cpu":
         return None
     return f"an NVIDIA GPU answers, but JAX sees none; this mends it: {sys.executable} -m pip install -U 'jax[cuda]'"
 
@@ -46,7 +54,7 @@ def hardware() -> str:
 def write_json(path: pathlib.Path, value) -> None:
     """Writes whole or not at all."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.write_text(json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
     part.replace(path)
 
 
@@ -55,6 +63,15 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _finite(value):
+    """NaN and infinities, which JSON does not have, as null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Monitor:
@@ -96,10 +113,9 @@ class Monitor:
             self.say(f"stage {stage}: {steps} steps, compiling")
             self.last = time.monotonic()
 
-    def progress(self, stage: str, done: int, steps: int, scalars: Mapping, rate: float, left: float) -> None:
+    def progress(self, stage: str, done: int, steps: int, shown: str, rate: float, left: float) -> None:
         """Shows how far it is; cheap enough for every step."""
-        shown = " ".join(f"{k.removeprefix('accuracy/')} {v:.1%}" for k, v in scalars.items() if k.startswith("accuracy/"))
-        said = f"loss {scalars['loss']:.3f}  {shown}  {rate:,.0f} examples/s  {clock(left)} left"
+        said = f"{shown}  {rate:,.0f} examples/s  {clock(left)} left"
         if self.bar:
             self.bar.update(self.task, completed=done, said=said)
         elif time.monotonic() - self.last >= self.interval:
@@ -119,7 +135,7 @@ class Monitor:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one record of scalars."""
         with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
+            file.write(json.dumps(_finite({"step": step, **scalars}), allow_nan=False) + "\n")
         for name, value in scalars.items():
             if isinstance(value, (int, float)):
                 self.events.add_scalar(name, value, step)

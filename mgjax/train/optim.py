@@ -13,12 +13,12 @@ from mgjax.config import ConfigError, key
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    name: str = key("sgd", "'sgd' (Nesterov momentum) or 'adamw'")
-    learning_rate: float = key(0.2, "peak of the schedule; a stage may scale it")
-    warmup: float = key(0.1, "share of a stage's steps in which the learning rate rises from 0")
-    momentum: float = key(0.9, "of sgd; the first decay rate of adamw")
-    weight_decay: float = key(5e-4, "of kernels: L2 added to the gradient in sgd, decoupled in adamw")
-    clip: float = key(0.0, "largest global norm of the gradient (0: no clipping)")
+    name: str = key("sgd", "sgd has Nesterov momentum", choices=("sgd", "adamw"))
+    learning_rate: float = key(0.2, "peak of the schedule; a stage may scale it", low=0)
+    warmup: float = key(0.1, "share of a stage's steps in which the learning rate rises from 0", low=0, high=1)
+    momentum: float = key(0.9, "of sgd; the first decay rate of adamw", low=0, high=1)
+    weight_decay: float = key(5e-4, "of kernels: L2 added to the gradient in sgd, decoupled in adamw", low=0)
+    clip: float = key(0.0, "largest global norm of the gradient (0: no clipping)", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def make_schedule(peak: float, steps: int, warmup: float, end: float) -> optax.S
         peak: highest learning rate.
         steps: of the stage.
         warmup: share of the steps that rise from 0.
-        end: share of the peak that is reached at the last step.
+        end: share of the peak towards which the last step falls.
     """
     rise = min(round(warmup * steps), steps - 1)
     fall = optax.cosine_decay_schedule(peak, max(1, steps - rise), alpha=end)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend.core import Literal
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mgjax.granularity import OperatingPoint
@@ -83,9 +84,26 @@ def create_state(model, optimizer: Optimizer, inputs, seed: int, mesh: Mesh) -> 
 
 
 def needed_paths(model, op: OperatingPoint, inputs) -> frozenset[str]:
-    """Paths of the parameters that an operating point uses, found without computing anything."""
+    """Paths of the parameters that an operating point can train, found without computing anything.
+
+    Those are the ones whose gradient depends on anything at all: what is not active has none,
+    and what is only read behind a stop-gradient has a constant 0.
+    """
     variables = jax.eval_shape(init_fn(model, op, inputs), jax.random.key(0))
-    return frozenset(flatten_dict(variables["params"], sep="/"))
+    flat = flatten_dict(variables["params"], sep="/")
+
+    def loss(flat, rest, inputs):
+        variables = {"params": unflatten_dict(flat, sep="/"), **rest}
+        outputs = model.apply(variables, inputs, op, train=False)
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(outputs))
+
+    rest = {k: v for k, v in variables.items() if k != "params"}
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(flat, rest, inputs).jaxpr
+    depends = set(jaxpr.invars)
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, Literal) and v in depends for v in eqn.invars):
+            depends.update(eqn.outvars)
+    return frozenset(p for p, v in zip(sorted(flat), jaxpr.outvars) if not isinstance(v, Literal) and v in depends)
 
 
 def count_params(state: TrainState) -> int:

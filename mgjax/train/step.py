@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -15,18 +16,21 @@ from mgjax.train.optim import Optimizer
 from mgjax.train.state import TrainState
 
 
-def make_train_step(model, objective: Callable, augment: Callable, optimizer: Optimizer, seed: int):
+def make_train_step(model, objective: Callable, augment: Callable, optimizer: Optimizer, seed: int, out_shardings: Any = None):
     """Returns the jitted `train_step(state, batch, learning_rate, *, op, trains, strength)`.
 
     `op`, `trains` (paths of the parameters that move) and `strength` (of the augmentation) are
     static: one compilation per combination. The state is donated. The step returns the new
-    state and a dict of float32 scalars.
+    state and a dict of float32 scalars; `out_shardings` says where (state, scalars) come to lie,
+    so that a state fits the executable that made it.
 
     What is frozen is not differentiated, and its values, moments and batch statistics stay as
     they are to the bit; the optimiser's state keeps its structure whatever trains.
     """
 
-    @functools.partial(jax.jit, static_argnames=("op", "trains", "strength"), donate_argnames="state")
+    @functools.partial(
+        jax.jit, static_argnames=("op", "trains", "strength"), donate_argnames="state", out_shardings=out_shardings
+    )
     def train_step(
         state: TrainState, batch: Batch, learning_rate, *, op: OperatingPoint, trains: frozenset[str], strength: float
     ):
@@ -68,10 +72,10 @@ def make_train_step(model, objective: Callable, augment: Callable, optimizer: Op
     return train_step
 
 
-def make_eval_step(model, metrics, normalise: Callable):
+def make_eval_step(model, metrics, normalise: Callable, out_shardings: Any = None):
     """Returns the jitted `eval_step(params, stats, batch, *, op)` → sums of the metrics."""
 
-    @functools.partial(jax.jit, static_argnames=("op",))
+    @functools.partial(jax.jit, static_argnames=("op",), out_shardings=out_shardings)
     def eval_step(params, stats, batch: Batch, *, op: OperatingPoint):
         batch = normalise(batch)
         variables = {"params": params, "batch_stats": stats}
