@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import pathlib
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
+import mgjax
 from mgjax.config import override, to_dict
 from mgjax.errors import InputError
 from mgjax.train.monitor import accelerator_hint, clock, hardware, write_json
@@ -24,7 +26,10 @@ flags.DEFINE_string("workdir", None, "folder of the run; the same one continues 
 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["workdir"])  # so that --help lists it
 
 # Keys that may change when a run is continued: they do not change its result.
-FREE = tuple(f"config.{k}" for k in ("data.dir", "data.cache_gb", "checkpoint.every", "checkpoint.keep", "log.every"))
+FREE = tuple(
+    f"config.{k}"
+    for k in ("data.dir", "data.cache_gb", "checkpoint.every", "checkpoint.keep", "log.every", "log.validate_every")
+)
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -50,7 +55,8 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
         logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save
     chosen, said = resolve(jax.default_backend(), given)
     config = override(base, chosen | given)
-    workdir = pathlib.Path(flags.FLAGS.workdir or _fresh(name))
+    fresh = not flags.FLAGS.workdir
+    workdir = _fresh(name) if fresh else pathlib.Path(flags.FLAGS.workdir)
     print(f"{name}: {said}\nworkdir: {workdir}", flush=True)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -76,6 +82,10 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
         except KeyboardInterrupt:
             print("stopped before training began", flush=True)
             raise SystemExit(130) from None
+        except InputError:
+            if fresh:  # nothing was begun, so nothing is left lying about
+                shutil.rmtree(workdir, ignore_errors=True)
+            raise
         summary = {
             "experiment": name,
             "dataset": config.data.source,
@@ -83,7 +93,9 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
             "command": shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),
             "hardware": hardware(),
-            "versions": {"python": sys.version.split()[0]} | {p: importlib.metadata.version(p) for p in PACKAGES},
+            "config": meta["config"],
+            "versions": {"mgjax": mgjax.__version__, "python": sys.version.split()[0]}
+            | {p: importlib.metadata.version(p) for p in PACKAGES},
             **facts,
         }
         write_json(summary_path, summary)

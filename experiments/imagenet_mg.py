@@ -137,4 +137,6 @@ def main(given: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    cfg.run(main, Config())
+    set_by = "; preset, size and dataset may set another default"
+    recipes = [*SIZES.values(), *PRESETS.values(), *RECIPES.values()]
+    cfg.run(main, Config(), {dotted: set_by for recipe in recipes for dotted in recipe})

@@ -154,7 +154,7 @@ def _branch(config: ModelConfig, image_shape: Sequence[int], scale: float = 1.0)
         make = lambda n: ResNet(config.blocks[:n], config.widths[:n], **options, **common)
         count = len(config.widths)
     else:
-        whole = ResNet.named(config.branch, stem=config.stem, **common)
+        whole = ResNet.named(config.branch, stem=config.stem, downsample=config.downsample, **common)
         make = lambda n: whole.clone(blocks=whole.blocks[:n], widths=whole.widths[:n])
         count = len(whole.widths)
     # A map narrower than two pixels tells nothing that its mean does not.

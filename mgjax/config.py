@@ -121,13 +121,17 @@ def unknown_key(dotted: str, known) -> str:
     return f"unknown key --{PREFIX}{dotted}; the nearest is --{PREFIX}{max(sorted(known), key=likeness)} (--help lists all)"
 
 
-def define(config: Any, values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines one flag per leaf of the config; `parse` reads them."""
+def define(config: Any, values: flags.FlagValues = flags.FLAGS, notes: Mapping[str, str] | None = None) -> None:
+    """Defines one flag per leaf of the config; `given` reads them.
+
+    Args:
+        notes: dotted key → what `--help` adds to its meaning.
+    """
     for dotted, field in leaves(config).items():
         define_one = _DEFINE.get(typing.get_origin(field.type) or field.type)
         if define_one is None:
             raise ConfigError(f"{dotted}: a config key cannot be of type {field.type}")
-        define_one(PREFIX + dotted, get(config, dotted), field.help, field.type, values)
+        define_one(PREFIX + dotted, get(config, dotted), field.help + (notes or {}).get(dotted, ""), field.type, values)
         # Absl lists the flags of the main module only; these belong to it.
         values.register_key_flag_for_module(sys.argv[0], values[PREFIX + dotted])
 
@@ -143,6 +147,7 @@ class _TupleParser(flags.ArgumentParser):
 
     def __init__(self, item: type):
         self.item = item
+        self.syntactic_help = f"comma-separated values of type {item.__name__}"
 
     def parse(self, argument):
         if isinstance(argument, (tuple, list)):
@@ -167,12 +172,12 @@ def given(config: Any, values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]
     return {k: values[PREFIX + k].value for k in leaves(config) if values[PREFIX + k].present}
 
 
-def run(main: Callable[[dict[str, Any]], None], config: Any) -> None:
+def run(main: Callable[[dict[str, Any]], None], config: Any, notes: Mapping[str, str] | None = None) -> None:
     """Runs an experiment under `absl.app`: `main` receives the keys that the user set.
 
     Bad input ends in one clear line and exit status 2, not in a traceback.
     """
-    define(config)
+    define(config, notes=notes)
     known = set(leaves(config))
 
     def parse(argv: Sequence[str]) -> list[str]:

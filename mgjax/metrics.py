@@ -33,6 +33,14 @@ class ClassificationMetrics:
     Attributes:
         taxonomy: relates the levels of the tasks.
         tasks, heads: the declarations of the model.
+
+    Example:
+        >>> tree = Taxonomy.from_names({"class": ["a", "b", "c"]})
+        >>> metrics = ClassificationMetrics(tree, [Task("class", "class", 3, "class")], [Head("class", {"g": "grad"})])
+        >>> batch = Batch({}, {"class": jnp.array([0, 1])}, jnp.array([True, True]), jnp.arange(2))
+        >>> outputs = Outputs({"class": jnp.array([[9.0, 0, 0], [9.0, 0, 0]])})
+        >>> metrics.compute(metrics.update(outputs, batch))["levels"]["class"]["accuracy"]
+        0.5
     """
 
     taxonomy: Taxonomy

@@ -23,6 +23,13 @@ class Objective:
 
     Raises:
         DeclarationError: a weight for an unknown task, or no weight above 0.
+
+    Example:
+        >>> objective = Objective([Task("class", "class", 4)], [Head("class", {"fine": "grad"})])
+        >>> batch = Batch({}, {"class": jnp.array([1, -1])}, jnp.array([True, True]), jnp.arange(2))
+        >>> loss, seen = objective(Outputs({"class": jnp.zeros((2, 4))}), batch)
+        >>> round(float(loss), 4), sorted(seen)
+        (1.3863, ['accuracy/class', 'loss', 'loss/class'])
     """
 
     tasks: Sequence[Task]

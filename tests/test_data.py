@@ -266,7 +266,10 @@ def test_a_dataset_of_one_level(shared_data):
     [
         ({"source": "imagnet"}, "no dataset 'imagnet'"),
         ({"source": "tfds:"}, "no dataset"),
-        ({"source": "tfds:cifar100", "dir": "/no/such"}, r"no directory '/no/such'; prepare it.*download_and_prepare"),
+        (
+            {"source": "tfds:cifar100", "dir": "/no/such"},
+            r"(?s)no directory '/no/such'; name the folder.*prepare it once.*download_and_prepare",
+        ),
         ({"on_error": "ignore"}, "on_error"),
         ({"limit": -1}, "data.limit is -1"),
         ({"levels": ("form",)}, "do not apply"),
@@ -283,12 +286,12 @@ def test_tfrecords_have_no_random_access(shared_data, tmp_path):
     folder.mkdir(parents=True)
     for file in (shared_data / "tfds" / "mnist" / "3.0.1").glob("*.json"):
         (folder / file.name).write_text(file.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(DataError, match=r"not in the array_record format.*download_and_prepare"):
+    with pytest.raises(DataError, match=r"(?s)not in the array_record format.*download_and_prepare"):
         load_dataset(DataConfig(source="tfds:mnist", dir=str(tmp_path)))
 
 
 def test_a_folder_without_the_dataset(shared_data):
-    with pytest.raises(DataError, match=r"holds \['cifar100', 'mnist'\], not 'imagenet2012'; prepare it"):
+    with pytest.raises(DataError, match=r"holds \['cifar100', 'mnist'\], not 'imagenet2012'; name the folder"):
         load_dataset(DataConfig(source="tfds:imagenet2012", dir=str(shared_data / "tfds")))
 
 

@@ -23,6 +23,11 @@ def test_the_readme_has_commands_and_snippets():
     assert not [line for line in LINES if line and not line.startswith(known[:-1])]
 
 
+def test_every_result_that_is_listed_is_there():
+    listed = re.findall(r"^\| `([\w.-]+)`", (ROOT / "experiments" / "results" / "README.md").read_text(), re.MULTILINE)
+    assert set(listed) == {p.name for p in (ROOT / "experiments" / "results").glob("*.json")}
+
+
 @pytest.mark.parametrize("line", [c for c in dict.fromkeys(COMMANDS) if "--help" not in c])
 def test_a_command_of_the_readme(line, tmp_path, request):
     module, *arguments = shlex.split(line)[2:]

@@ -69,6 +69,31 @@ def test_what_a_stage_does_not_train_stays_to_the_bit(name):
         assert (np.asarray(new) == old).all() == ("stage2" not in jax.tree_util.keystr(path)), path
 
 
+def test_statistics_of_a_norm_without_parameters_go_by_the_block_around_it():
+    from mgjax.train.step import _keep_stats
+
+    params = {"trunk": {"a": {"conv": {"kernel": 0}}, "b": {"conv": {"kernel": 0}}}}
+    old, new = ({"trunk": {k: {"norm": {"mean": v}} for k in "ab"}} for v in (0, 1))
+    kept = _keep_stats(new, old, params, frozenset({"trunk/a/conv/kernel"}))
+    assert kept == {"trunk": {"a": {"norm": {"mean": 1}}, "b": {"norm": {"mean": 0}}}}
+
+
+def test_the_progress_bar_keeps_its_numbers_on_a_narrow_terminal(tmp_path):
+    import io
+
+    from rich.console import Console
+
+    from mgjax.train.monitor import Monitor
+
+    monitor = Monitor(tmp_path, 0)
+    monitor.console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+    monitor.start("joint", 742, 0)
+    monitor.progress("joint", 371, 742, "loss 1.234  form 31.2%  part 12.5%  texture 6.2%", 1042.0, 125.0)
+    monitor.close()
+    shown = monitor.console.file.getvalue()
+    assert "joint" in shown and "371/742" in shown and "2:05 left" in shown and "loss 1.234" in shown
+
+
 def test_an_inactive_granularity_is_not_touched():
     _, mesh, state, step, paths = prepare()
     before = flat(state.params) | flat(state.stats)

@@ -84,7 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         ratio = seconds[slow] / seconds[fast]
         console.print(f"{slow} / {fast}: {np.median(ratio):.1f}× ({ratio.min():.1f}–{ratio.max():.1f})")
-        figures[f"{slow} / {fast}"] = round(float(np.median(ratio)), 2)
+        spread = {"": np.median(ratio), " smallest": ratio.min(), " largest": ratio.max()}
+        figures |= {f"{slow} / {fast}{which}": round(float(r), 2) for which, r in spread.items()}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
 

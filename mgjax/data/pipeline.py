@@ -71,6 +71,13 @@ def train_batches(
     Raises:
         DataError: a batch that the processes do not divide.
         TaxonomyError: a label outside the taxonomy.
+
+    Example:
+        >>> from mgjax.data.procedural import ProceduralSource, taxonomy
+        >>> batches = train_batches(
+        ...     ProceduralSource("train"), taxonomy(), batch_size=8, seed=0, examples_seen=0, steps=2)
+        >>> next(batches).inputs["image"].shape
+        (8, 32, 32, 3)
     """
     rows = _local_rows(batch_size, process, processes)
     order = shuffled(len(source), seed)

@@ -99,10 +99,10 @@ def load_tfds(name: str, directory: str, levels: tuple[str, ...], size: int | No
 
     path = pathlib.Path(directory or "~/tensorflow_datasets").expanduser()
     help_text = (
-        f"prepare it once with TensorFlow installed (pip install 'mgjax[prepare]', in a checkout '.[prepare]'): "
+        f"name the folder that holds {name.split('/')[0]}/ with --config.data.dir=DIR, or prepare it once with "
+        f"TensorFlow installed (pip install 'mgjax[prepare]', in a checkout '.[prepare]'):\n  "
         f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{path}', "
-        f"file_format='array_record').download_and_prepare()\"; or name the folder that holds "
-        f"{name.split('/')[0]}/ with --config.data.dir=DIR"
+        f"file_format='array_record').download_and_prepare()\""
     )
     if not path.is_dir():
         raise DataError(f"tfds:{name}: there is no directory '{path}'; {help_text}")

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 from tensorboardX import SummaryWriter
 
 
@@ -100,14 +101,17 @@ class Monitor:
     def start(self, stage: str, steps: int, done: int) -> None:
         """A stage begins, `done` of its steps having been done before."""
         if self.console.is_terminal:
-            columns = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[said]}"),
+            self.bar = Progress(
+                TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=12),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[left]}", table_column=Column(no_wrap=True)),
+                # Whatever the terminal has room for.
+                TextColumn("{task.fields[said]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+                console=self.console,
+                expand=True,
             )
-            self.bar = Progress(*columns, console=self.console)
-            self.task = self.bar.add_task(stage, total=steps, completed=done, said="compiling")
+            self.task = self.bar.add_task(stage, total=steps, completed=done, left="", said="compiling")
             self.bar.start()
         else:
             self.say(f"stage {stage}: {steps} steps, compiling")
@@ -115,12 +119,12 @@ class Monitor:
 
     def progress(self, stage: str, done: int, steps: int, shown: str, rate: float, left: float) -> None:
         """Shows how far it is; cheap enough for every step."""
-        said = f"{shown}  {rate:,.0f} examples/s  {clock(left)} left"
+        said, left = f"{shown}  {rate:,.0f} examples/s", f"{clock(left)} left"
         if self.bar:
-            self.bar.update(self.task, completed=done, said=said)
+            self.bar.update(self.task, completed=done, left=left, said=said)
         elif time.monotonic() - self.last >= self.interval:
             self.last = time.monotonic()
-            self.say(f"{stage} {done}/{steps}  {said}")
+            self.say(f"{stage} {done}/{steps}  {said}  {left}")
 
     def stop(self) -> None:
         """A stage has ended, or is being left."""

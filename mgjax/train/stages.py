@@ -99,6 +99,14 @@ def coarse_to_fine(
         steps_together: of the joint stage.
         batch_size: of every stage.
         hold: share of the peak at which a single stage ends.
+
+    Example:
+        >>> coarse = OperatingPoint(("coarse",), ("superclass",), resolution=0.5)
+        >>> everything = OperatingPoint(("coarse", "fine"), ("superclass", "class"))
+        >>> plan = coarse_to_fine(
+        ...     [("coarse", coarse)], everything, steps_alone=[100], steps_together=400, batch_size=256)
+        >>> [(stage.name, stage.steps) for stage in plan]
+        [('coarse', 100), ('joint', 400)]
     """
     plan: list[Stage] = []
     for (name, op), steps in zip(alone, steps_alone, strict=True):

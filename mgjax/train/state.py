@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend.core import Literal
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mgjax.errors import InputError
 from mgjax.granularity import OperatingPoint
 from mgjax.train.optim import Optimizer
 
@@ -71,11 +72,16 @@ def create_state(model, optimizer: Optimizer, inputs, seed: int, mesh: Mesh) -> 
 
     Args:
         inputs: abstract `Batch.inputs`, normalised, of any batch size.
+
+    Raises:
+        InputError: the model keeps variables other than parameters and batch statistics.
     """
     init = init_fn(model, model.everything, inputs)
 
     def create(rng):
         variables = init(rng)
+        if others := sorted(set(variables) - {"params", "batch_stats"}):
+            raise InputError(f"the model keeps the collections {others}; only params and batch_stats are trained and saved")
         params = variables["params"]
         opt_state = unflatten_dict(optimizer.init(flatten_dict(params, sep="/")), sep="/")
         return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), opt_state)

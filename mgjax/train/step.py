@@ -64,7 +64,7 @@ def make_train_step(model, objective: Callable, augment: Callable, optimizer: Op
         state = TrainState(
             step=state.step + 1,
             params=unflatten_dict(params, sep="/"),
-            stats=_keep_stats(stats, state.stats, trains),
+            stats=_keep_stats(stats, state.stats, state.params, trains),
             opt_state=unflatten_dict(opt_state, sep="/"),
         )
         return state, seen
@@ -85,8 +85,21 @@ def make_eval_step(model, metrics, normalise: Callable, out_shardings: Any = Non
     return eval_step
 
 
-def _keep_stats(new, old, trains: frozenset[str]):
-    """New batch statistics of the layers of which some parameter trains, the old ones elsewhere."""
-    layers = {path.rpartition("/")[0] for path in trains}
+def _keep_stats(new, old, params, trains: frozenset[str]):
+    """New batch statistics where their layer trains, the old ones elsewhere.
+
+    The layer is the innermost module around the statistic that has parameters: a norm without a
+    scale goes by the block that holds it.
+    """
+    params = list(flatten_dict(params, sep="/"))
     old, new = flatten_dict(old, sep="/"), flatten_dict(new, sep="/")
-    return unflatten_dict({p: new[p] if p.rpartition("/")[0] in layers else old[p] for p in old}, sep="/")
+
+    def moves(path: str) -> bool:
+        module = path
+        while module:
+            module = module.rpartition("/")[0]
+            if inside := [p for p in params if p.startswith(f"{module}/" if module else "")]:
+                return any(p in trains for p in inside)
+        return False
+
+    return unflatten_dict({path: new[path] if moves(path) else value for path, value in old.items()}, sep="/")
