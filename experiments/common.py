@@ -83,8 +83,8 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
             print("stopped before training began", flush=True)
             raise SystemExit(130) from None
         except InputError:
-            if fresh:  # nothing was begun, so nothing is left lying about
-                shutil.rmtree(workdir, ignore_errors=True)
+            if fresh and {p.name for p in workdir.iterdir()} == {record_path.name}:  # nothing was begun
+                shutil.rmtree(workdir)
             raise
         summary = {
             "experiment": name,
