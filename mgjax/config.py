@@ -64,13 +64,14 @@ class Leaf(NamedTuple):
 def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
     """Dotted key → type and meaning, of all leaves of a (nested) config or config class."""
     cls = config if isinstance(config, type) else type(config)
-    types_of = typing.get_type_hints(cls)
     result = {}
     for field in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(types_of[field.name]):
-            result |= leaves(types_of[field.name], f"{prefix}{field.name}.")
+        if dataclasses.is_dataclass(field.default):
+            result |= leaves(field.default, f"{prefix}{field.name}.")
         else:
-            result[prefix + field.name] = Leaf(types_of[field.name], **field.metadata)
+            # Annotations are strings where a module postpones them.
+            kind = field.type if not isinstance(field.type, str) else eval(field.type, vars(sys.modules[cls.__module__]))
+            result[prefix + field.name] = Leaf(kind, **field.metadata)
     return result
 
 

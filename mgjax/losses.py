@@ -28,7 +28,7 @@ def cross_entropy(logits, labels, mask, *, smoothing: float = 0.0):
         float32 scalar.
 
     Example:
-        >>> float(cross_entropy(jnp.zeros((2, 4)), jnp.array([1, -1]), jnp.array([True, True])).round(4))
+        >>> round(float(cross_entropy(jnp.zeros((2, 4)), jnp.array([1, -1]), jnp.array([True, True]))), 4)
         1.3863
     """
     known = mask & (labels >= 0)

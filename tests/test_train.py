@@ -347,6 +347,7 @@ def test_a_run_that_was_stopped_continues_to_the_same_bits(finished, tmp_path, s
 
 
 def test_a_signal_during_evaluation_is_heard(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
     given = toy.feeds()
 
     def evaluated():
@@ -358,7 +359,7 @@ def test_a_signal_during_evaluation_is_heard(tmp_path):
     with pytest.raises(Interrupted):
         toy.run(tmp_path, feeds=loop_module.Feeds(given.train, evaluated, given.test, given.eval_batch_size))
     assert toy.run(tmp_path)["steps"] == 10
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_stage_that_was_validated_twice_is_saved_with_its_report(tmp_path):
