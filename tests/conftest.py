@@ -7,8 +7,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Programs of 8 devices that overlap can starve each other of the few threads of 2 cores, for good.
-os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
 # Also for the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
@@ -19,6 +17,8 @@ import pytest
 from absl import flags
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Programs of 8 devices that overlap can starve each other of the few threads of 2 cores, for good.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 # Grain reads absl flags; nothing parses them under pytest.
 flags.FLAGS.mark_as_parsed()
 

@@ -5,8 +5,6 @@ import subprocess
 import sys
 import tomllib
 
-import pytest
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -36,7 +34,8 @@ def test_requirements_are_those_of_the_package():
 
 
 def test_the_package_leaves_experiments_out(tmp_path):
-    setuptools = pytest.importorskip("setuptools")
+    import setuptools
+
     options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     found = setuptools.find_packages(str(ROOT), include=options["include"])
     assert "mgjax.train" in found and not any(p.startswith(("experiments", "tests")) for p in found)
