@@ -69,7 +69,8 @@ def test_other_branches_fit_every_form(dataset, branch):
         model = build_model(config.model, form, tree, shape)
         image = {"image": jax.ShapeDtypeStruct((2, *shape), jnp.float32)}
         for stage in build_plan(config.plan, model, form, 1000):
-            jax.eval_shape(lambda x, m=model, op=stage.op: m.init(jax.random.key(0), x, op, train=False), image)
+            made = jax.eval_shape(lambda x, m=model, op=stage.op: m.init(jax.random.key(0), x, op, train=False), image)
+            assert {f"branches_{g.branch}" for g in model.granularities if g.name in stage.op.active} <= set(made["params"])
 
 
 def test_views_of_less_detail_are_seen_by_the_same_model():

@@ -5,6 +5,8 @@ import re
 import shlex
 import subprocess
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.test_experiments import SMALL, command, finish
@@ -43,7 +45,10 @@ def test_a_command_of_the_readme(line, tmp_path, request):
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_a_snippet_of_the_readme(snippet):
-    exec(compile(snippet, "README.md", "exec"), {})
+    names = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    arrays = [v for v in names.values() if isinstance(v, jax.Array)]
+    assert arrays and all(jnp.isfinite(a).all() for a in arrays)
 
 
 @pytest.mark.parametrize("target", ["setup", "train", "test"])

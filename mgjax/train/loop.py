@@ -281,7 +281,7 @@ class _Run:
         sums = None
         for batch in batches:
             new = self.eval_step(self.state.params, self.state.stats, to_device(batch, self.mesh), op=op)
-            sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
+            sums = new if sums is None else _add(sums, new)
             self.leave_if_asked()
         return self.metrics.compute(fetch(sums))
 
@@ -295,6 +295,10 @@ class _Run:
             self.monitor.stop()
             self.monitor.say(f"stopped at step {self.position.step}; the same command with --workdir={self.workdir} continues")
             raise Interrupted(128 + self.signals.received)
+
+
+# One program per pair of batches, not one per metric.
+_add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
 
 def _abstract(batch: Batch, rows: int, mesh) -> Batch:
