@@ -18,7 +18,7 @@ from mgjax.data import Augment, train_batches
 from mgjax.errors import InputError
 from mgjax.granularity import DeclarationError
 from mgjax.objective import Objective
-from mgjax.train import CheckpointConfig, CheckpointError, Interrupted, LogConfig, OptimConfig, Stage
+from mgjax.train import CheckpointConfig, CheckpointError, Interrupted, LogConfig, OptimConfig, Stage, load_variables
 from mgjax.train import loop as loop_module
 from mgjax.train.optim import make_optimizer, make_schedule
 from mgjax.train.stages import coarse_to_fine, trained_paths
@@ -416,6 +416,20 @@ def test_checkpoints_of_another_run_are_refused_by_name(finished, changes, says)
     _, workdir = finished
     with pytest.raises(CheckpointError, match=says):
         toy.run(workdir, **changes)
+
+
+def test_a_trained_model_is_loaded_without_its_optimiser(finished, tmp_path):
+    """Its answers give the accuracy that the run reported."""
+    summary, workdir = finished
+    variables, model = load_variables(workdir), toy.model()
+    held_out = toy.source(50, seed=1).take(np.arange(50))
+    inputs = {"image": jnp.asarray((held_out["image"] - 90.0) / 60.0, jnp.float32)}
+    outputs = model.apply(variables, inputs, model.everything, train=False)
+    for level in ("super", "sub"):
+        right = np.mean(np.asarray(outputs.logits[level]).argmax(-1) == held_out[level])
+        assert right == pytest.approx(summary["test"]["levels"][level]["raw_accuracy"])
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        load_variables(tmp_path)
 
 
 def test_free_keys_may_change(finished):

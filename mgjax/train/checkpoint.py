@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from mgjax.config import key
@@ -119,6 +120,29 @@ class Checkpoints:
                 wrong.append(f"{name} is {old.dtype}{list(old.shape)}, not {new.dtype}{list(new.shape)}")
         if wrong:
             raise CheckpointError(f"'{self.directory}', checkpoint {step}, does not fit the model: {'; '.join(wrong[:5])}")
+
+
+def load_variables(workdir: str | pathlib.Path) -> dict:
+    """The newest parameters and batch statistics of a run, ready for `model.apply`.
+
+    Args:
+        workdir: of the run.
+
+    Returns:
+        `{"params": …, "batch_stats": …}`, nested dicts of numpy arrays.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint.
+    """
+    directory = pathlib.Path(workdir, "checkpoints")
+    found = [int(p.name) for p in directory.glob("*") if p.name.isdigit()]
+    if not found:
+        raise CheckpointError(f"'{workdir}' holds no checkpoint")
+    with ocp.PyTreeCheckpointer() as reader:
+        path = (directory / str(max(found)) / "state").absolute()
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree)
+        state = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return {"params": state["params"], "batch_stats": state["stats"]}
 
 
 def _leaves(tree):
