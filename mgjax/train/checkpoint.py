@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import pathlib
 from collections.abc import Mapping
 
@@ -14,8 +13,6 @@ import orbax.checkpoint as ocp
 from mgjax.config import key
 from mgjax.errors import InputError
 from mgjax.train.state import TrainState
-
-log = logging.getLogger(__name__)
 
 
 class CheckpointError(InputError):
@@ -32,14 +29,14 @@ class Checkpoints:
     """Saves and restores (state, position, meta) under a folder; asynchronous and atomic.
 
     Args:
-        directory: of the checkpoints; made when the first one is saved.
+        directory: of the checkpoints; made if it is missing.
         meta: what identifies the run; a checkpoint with another one is refused. Values are
             JSON-ready; nested mappings are compared key by key.
         free: dotted keys of `meta` that may change between two runs.
     """
 
     def __init__(self, directory: pathlib.Path, config: CheckpointConfig, meta: Mapping, free: tuple[str, ...] = ()):
-        self.directory, self.config, self.meta, self.free = directory, config, dict(meta), free
+        self.directory, self.meta, self.free = directory, dict(meta), free
         self.manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True),

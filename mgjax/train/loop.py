@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import pathlib
 import signal
 import time
@@ -324,7 +325,8 @@ class _Signals:
     def _note(self, number, frame):
         self.received = number
         self._restore()
-        print("\nstopping after the step in flight; once more stops at once", flush=True)
+        # Not print: the signal may have come in the middle of one, which cannot be entered twice.
+        os.write(2, b"\nstopping after the step in flight; once more stops at once\n")
 
     def _restore(self):
         for number, handler in self.before.items():
