@@ -4,11 +4,26 @@ A branch is a Linen module with
 
 * `feature_info` → {tap: FeatureInfo}, in order of depth, known without running it;
 * `__call__(x, *, taps, train)` → {tap: Features}, which traces nothing below the deepest tap.
+
+`NAMED_BRANCHES` makes every published one by its name: `NAMED_BRANCHES["vgg16_bn"](width=0.5)`.
 """
 
+import functools
+from collections.abc import Callable
+
+from mgjax.branches import resnet, vgg, vit
 from mgjax.branches.base import Branch
+from mgjax.branches.convnet import ConvNet
 from mgjax.branches.mlp import MLP
 from mgjax.branches.resnet import ResNet
 from mgjax.branches.separable import SeparableNet
+from mgjax.branches.vgg import VGG
+from mgjax.branches.vit import ViT
 
-__all__ = ["MLP", "Branch", "ResNet", "SeparableNet"]
+NAMED_BRANCHES: dict[str, Callable[..., Branch]] = {
+    name: functools.partial(branch.named, name)
+    for branch, table in ((ResNet, resnet.NAMED), (VGG, vgg.NAMED), (ViT, vit.NAMED))
+    for name in table
+}
+
+__all__ = ["MLP", "NAMED_BRANCHES", "VGG", "Branch", "ConvNet", "ResNet", "SeparableNet", "ViT"]

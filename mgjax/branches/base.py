@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import flax.linen as nn
 
 from mgjax.contracts import FeatureInfo, Features
+from mgjax.errors import InputError
 
 
 class Branch(nn.Module):
@@ -39,16 +42,48 @@ class TapReader:
         self.missing = set(taps)
         self.features: dict[str, Features] = {}
 
-    def offer(self, tap: str, x) -> bool:
-        """Keeps `x` ([B, H, W, C] or [B, C]) if `tap` is asked for; True once nothing is missing."""
+    def offer(self, tap: str, x, vector=None) -> bool:
+        """Keeps `x` ([B, H, W, C] or [B, C]) if `tap` is asked for; True once nothing is missing.
+
+        The vector of a map is its mean, unless `vector` ([B, C]) is given.
+        """
         if tap in self.missing:
             self.missing.remove(tap)
             is_map = x.ndim == 4
-            self.features[tap] = Features(vector=x.mean((1, 2)) if is_map else x, map=x if is_map else None)
+            if vector is None:
+                vector = x.mean((1, 2)) if is_map else x
+            self.features[tap] = Features(vector=vector, map=x if is_map else None)
         return not self.missing
 
 
 def check_image(x, reduction: int = 1) -> None:
-    """Raises ValueError unless `x` is a floating [B, H, W, C] of at least `reduction` pixels a side."""
+    """Raises InputError unless `x` is a floating [B, H, W, C] of at least `reduction` pixels a side."""
     if x.ndim != 4 or min(x.shape[1:3]) < reduction:
-        raise ValueError(f"the branch needs images [B, H, W, C] of at least {reduction} pixels a side, got {x.shape}")
+        raise InputError(f"the branch needs images [B, H, W, C] of at least {reduction} pixels a side, got {x.shape}")
+
+
+def per_stage(blocks: Sequence[int] | int, widths: Sequence[int]) -> tuple[int, ...]:
+    """Blocks of each stage; one number is that of all. InputError unless there are as many as widths, and some."""
+    blocks = (blocks,) * len(widths) if isinstance(blocks, int) else tuple(blocks)
+    if len(blocks) != len(widths) or not widths:
+        raise InputError(f"a width per stage is needed: blocks {blocks}, widths {tuple(widths)}")
+    return blocks
+
+
+def published(kind: str, table: Mapping, name: str) -> dict:
+    """The attributes of a published network; InputError, naming those that there are, for another name."""
+    if name not in table:
+        raise InputError(f"no {kind} '{name}'; there are {sorted(table)}")
+    return dict(table[name])
+
+
+def scale_width(channels: int, width: float, multiple: int = 8) -> int:
+    """`channels` times `width`, rounded to a multiple that is not 0; unchanged at width 1.
+
+    Example:
+        >>> scale_width(64, 0.3), scale_width(64, 0.01), scale_width(36, 1.0)
+        (16, 8, 36)
+    """
+    if width <= 0:
+        raise InputError(f"a width multiplier is a positive number, not {width}")
+    return channels if width == 1 else max(1, round(channels * width / multiple)) * multiple

@@ -8,11 +8,10 @@ from typing import Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mgjax import ops
-from mgjax.branches.base import Branch, check_image
+from mgjax.branches.base import Branch, check_image, per_stage, published, scale_width
 from mgjax.contracts import FeatureInfo
 from mgjax.errors import InputError
-from mgjax.layers import Conv
+from mgjax.layers import Conv, patches
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
 STEMS = {"imagenet": 4, "cifar": 1, "patch": 2}  # reduction of each
@@ -87,11 +86,13 @@ class ResNet(Branch):
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
-    def named(cls, name: str, **options) -> ResNet:
-        """ "resnet18", "resnet34" or "resnet50" as published; `options` override any attribute."""
-        if name not in NAMED:
-            raise InputError(f"no residual network '{name}'; there are {sorted(NAMED)}")
-        return cls(**{**NAMED[name], **options})
+    def named(cls, name: str, *, width: float = 1.0, **options) -> ResNet:
+        """ "resnet18", "resnet34", "resnet50", "resnet101" or "resnet152" as published.
+
+        `width` multiplies the published channels, to multiples of 8; `options` override any attribute.
+        """
+        attributes = published("residual network", NAMED, name)
+        return cls(**{"widths": tuple(scale_width(w, width) for w in cls.widths), **attributes, **options})
 
     @property
     def feature_info(self) -> dict[str, FeatureInfo]:
@@ -100,8 +101,7 @@ class ResNet(Branch):
                 f"a residual network has a stem of {sorted(STEMS)}, downsamples by {DOWNSAMPLES} and has blocks of "
                 f"{sorted(EXPANSION)}, not '{self.stem}', '{self.downsample}' and '{self.kind}'"
             )
-        if len(self.blocks) != len(self.widths) or not self.widths:
-            raise InputError(f"a width per stage is needed: blocks {tuple(self.blocks)}, widths {tuple(self.widths)}")
+        per_stage(self.blocks, self.widths)
         reduction = STEMS[self.stem]
         info = {"stem": FeatureInfo(self.stem_width or self.widths[0], reduction)}
         for i, width in enumerate(self.widths):
@@ -122,8 +122,7 @@ class ResNet(Branch):
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         else:
             if self.stem == "patch":  # an odd side repeats its last pixel
-                x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), mode="edge")
-                x = ops.space_to_depth(x, 2)
+                x = patches(x, 2)
             x = Conv(width, 3, name="stem", **common)(x, train=train)
         if reader.offer("stem", x):
             return reader.features
@@ -144,4 +143,6 @@ NAMED = {
     "resnet18": dict(blocks=(2, 2, 2, 2), kind="basic"),
     "resnet34": dict(blocks=(3, 4, 6, 3), kind="basic"),
     "resnet50": dict(blocks=(3, 4, 6, 3), kind="bottleneck"),
+    "resnet101": dict(blocks=(3, 4, 23, 3), kind="bottleneck"),
+    "resnet152": dict(blocks=(3, 8, 36, 3), kind="bottleneck"),
 }

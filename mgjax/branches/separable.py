@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mgjax.branches.base import Branch, check_image
+from mgjax.branches.base import Branch, check_image, per_stage
 from mgjax.contracts import FeatureInfo
-from mgjax.errors import InputError
 from mgjax.layers import Conv, SeparableConv
 
 
@@ -46,14 +45,8 @@ class SeparableNet(Branch):
     dtype: jnp.dtype = jnp.float32
 
     @property
-    def depths(self) -> tuple[int, ...]:
-        """Convolutions per stage."""
-        return (self.blocks,) * len(self.widths) if isinstance(self.blocks, int) else tuple(self.blocks)
-
-    @property
     def feature_info(self) -> dict[str, FeatureInfo]:
-        if len(self.depths) != len(self.widths) or not self.widths:
-            raise InputError(f"a width per stage is needed: blocks {self.blocks}, widths {tuple(self.widths)}")
+        per_stage(self.blocks, self.widths)
         info = {"stem": FeatureInfo(self.stem_width or self.widths[0] // 2, self.stem_stride)}
         for i, width in enumerate(self.widths):
             info[f"stage{i + 1}"] = FeatureInfo(width, self.stem_stride * 2**i)
@@ -69,7 +62,7 @@ class SeparableNet(Branch):
         x = Conv(info["stem"].channels, 3, self.stem_stride, name="stem", **common)(x, train=train)
         if reader.offer("stem", x):
             return reader.features
-        for i, (width, count) in enumerate(zip(self.widths, self.depths)):
+        for i, (width, count) in enumerate(zip(self.widths, per_stage(self.blocks, self.widths))):
             for j in range(count):
                 stride = 2 if i and j == 0 else 1
                 x = SeparableConv(width, self.kernel, stride, name=f"stage{i + 1}_block{j + 1}", **common)(x, train=train)

@@ -15,7 +15,7 @@ he_init = nn.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
 
 
 class Conv(nn.Module):
-    """Convolution without bias, norm, activation.
+    """Convolution, norm, activation.
 
     Attributes:
         features: output channels.
@@ -23,8 +23,9 @@ class Conv(nn.Module):
         stride: step of the kernel.
         norm: see `mgjax.layers.Norm`.
         activation: applied last; None for none.
-        zero_scale: see `Norm`.
+        zero_scale, epsilon: see `Norm`.
         dtype: of the computation; parameters are float32.
+        use_bias: of the convolution; without one by default, since a norm has a shift of its own.
     """
 
     features: int
@@ -34,6 +35,8 @@ class Conv(nn.Module):
     activation: Callable | None = nn.relu
     zero_scale: bool = False
     dtype: jnp.dtype = jnp.float32
+    use_bias: bool = False
+    epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x, *, train: bool):
@@ -45,12 +48,13 @@ class Conv(nn.Module):
             (self.kernel, self.kernel),
             (self.stride, self.stride),
             padding=((pad, self.kernel - 1 - pad),) * 2,
-            use_bias=False,
+            use_bias=self.use_bias,
             kernel_init=he_init,
             dtype=self.dtype,
             name="conv",
         )(x)
-        x = Norm(self.norm, zero_scale=self.zero_scale, dtype=self.dtype, name="norm")(x, train=train)
+        norm = Norm(self.norm, epsilon=self.epsilon, zero_scale=self.zero_scale, dtype=self.dtype, name="norm")
+        x = norm(x, train=train)
         return self.activation(x) if self.activation else x
 
 
@@ -116,3 +120,61 @@ class SeparableConv(nn.Module):
         return Conv(self.features, 1, norm=self.norm, activation=self.activation, dtype=self.dtype, name="pointwise")(
             x, train=train
         )
+
+
+class Projection(nn.Module):
+    """Brings features to the width of a granularity: pointwise linear, norm, activation.
+
+    Attributes:
+        features: output channels.
+        norm, activation, dtype: as in `Conv`; the linear map has a bias where there is no norm.
+
+    Example:
+        >>> import jax
+        >>> layer = Projection(8)
+        >>> layer.init_with_output(jax.random.key(0), jnp.ones((2, 4, 4, 16)), train=True)[0].shape
+        (2, 4, 4, 8)
+    """
+
+    features: int
+    norm: str = "batch"
+    activation: Callable | None = nn.relu
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        """x: a map [B, H, W, C], tokens [B, L, C] or a vector [B, C] → the same with `features` channels."""
+        x = nn.Dense(self.features, use_bias=self.norm == "none", kernel_init=he_init, dtype=self.dtype, name="dense")(x)
+        x = Norm(self.norm, dtype=self.dtype, name="norm")(x, train=train)
+        return self.activation(x) if self.activation else x
+
+
+class SqueezeExcite(nn.Module):
+    """Scales every channel by a gate that has seen the mean of the whole map.
+
+    Hu et al. 2018, arXiv:1709.01507: x · σ(W₂ · activation(W₁ · mean(x))).
+
+    Attributes:
+        ratio: input channels per channel of the bottleneck, which has at least one.
+        activation: of the bottleneck.
+        dtype: of the computation; parameters are float32.
+
+    Example:
+        >>> import jax
+        >>> SqueezeExcite(4).init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 16)))[0].shape
+        (2, 8, 8, 16)
+    """
+
+    ratio: int = 16
+    activation: Callable = nn.relu
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """x: a map [B, H, W, C] or tokens [B, L, C] → the same shape."""
+        channels = x.shape[-1]
+        x = x.astype(self.dtype)
+        gate = x.mean(tuple(range(1, x.ndim - 1)), keepdims=True)
+        gate = nn.Dense(max(1, channels // self.ratio), dtype=self.dtype, name="squeeze")(gate)
+        gate = nn.Dense(channels, dtype=self.dtype, name="excite")(self.activation(gate))
+        return x * nn.sigmoid(gate)
