@@ -29,8 +29,8 @@ class Taxonomy:
     level (`inherited` marks the repeats), so that a path always has one label per level.
     All roots hang from an implicit common root, which is no level. Label `-1` means "unknown".
 
-    Build one with `from_names`, `from_nested`, `from_edges` or `from_features`; the constructor
-    itself takes arrays that are already checked.
+    Build one with `from_names`, `from_nested`, `from_edges` or `from_features`, or by `read_taxonomy`,
+    `wordnet.taxonomy` or `induced`; the constructor itself takes arrays that are already checked.
 
     Attributes:
         levels: names of the levels, coarse to fine.
@@ -160,7 +160,11 @@ class Taxonomy:
             if child in parent_of:
                 if parent_of[child] == parent:
                     raise TaxonomyError(f"'{child}' is given twice below '{parent}'")
-                raise TaxonomyError(f"'{child}' has a second parent: '{parent_of[child]}' and '{parent}'")
+                both = parent_of[child], parent
+                if None in both:
+                    above = next(p for p in both if p is not None)
+                    raise TaxonomyError(f"'{child}' stands at the top and below '{above}' too: leave one of them out")
+                raise TaxonomyError(f"'{child}' has a second parent: '{both[0]}' and '{both[1]}'")
             parent_of[child] = parent
         declared = dict.fromkeys([n for n, p in parent_of.items() if p is None] + list(roots or ()))  # in order
         tops = [p for p in parent_of.values() if p is not None and p not in parent_of]
@@ -322,6 +326,31 @@ class Taxonomy:
         """The taxonomy cut below `level`: its labels become the leaves."""
         n = self.index(level) + 1
         return Taxonomy(self.levels[:n], self.names[:n], self.parents[:n], self.inherited[:n])
+
+    def select(self, levels: Sequence[str]) -> Taxonomy:
+        """The taxonomy of some of its levels, the finest among them; ids of labels stay what they are.
+
+        A leaf that ends at a level that is left out counts as a label of the next level that is there.
+
+        Raises:
+            TaxonomyError: an unknown level, levels that do not run from coarse to fine, or end above the finest.
+        """
+        chosen = [self.index(level) for level in levels]
+        if chosen != sorted(set(chosen)) or not chosen:
+            raise TaxonomyError(f"levels run from coarse to fine, as {list(self.levels)} do, not as {list(levels)}")
+        if chosen[-1] != len(self.levels) - 1:
+            raise TaxonomyError(
+                f"'{self.levels[-1]}', the finest level, holds the classes and cannot be left out of {list(levels)}"
+            )
+        parents = [np.full(len(self.names[chosen[0]]), -1, np.int32)]
+        inherited = [np.zeros(len(self.names[chosen[0]]), bool)]
+        for high, low in itertools.pairwise(chosen):
+            repeats = np.ones(len(self.names[low]), bool)  # from level `high` all the way down
+            for depth in range(high + 1, low + 1):
+                repeats &= self.inherited[depth][self.ancestors(self.levels[low], self.levels[depth])]
+            parents.append(self.ancestors(self.levels[low], self.levels[high]))
+            inherited.append(repeats)
+        return Taxonomy(tuple(levels), tuple(self.names[i] for i in chosen), tuple(parents), tuple(inherited))
 
     def path_names(self, leaf: int) -> tuple[str, ...]:
         """Names along a leaf's path, coarse to fine, without the repeats."""
