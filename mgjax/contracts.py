@@ -14,6 +14,7 @@ Maps = Float[Array, "batch height width channels"]
 Vectors = Float[Array, "batch channels"]
 Labels = Int[Array, "batch"]
 Mask = Bool[Array, "batch"]
+Shares = Float[Array, "batch"]
 
 
 @struct.dataclass
@@ -23,10 +24,15 @@ class Batch:
     Attributes:
         inputs: what branches see, by modality: `{"image": uint8 [B, H, W, 3]}`.
         targets: what tasks are about: labels int32 [B] (-1 = unknown) by level, `box` float32
-            [B, 4] (y0, x0, y1, x1 in pixels, edges of the box), `mask` uint8 [B, H, W].
+            [B, 4] or [B, N, 4] (y0, x0, y1, x1 in pixels, edges of the box; one without area is
+            no box), `mask` uint8 [B, H, W].
         mask: bool [B]; False for a padded or undecodable row, which counts for nothing.
         index: int32 [B]; position of the example in its split (-1 for padding).
         present: granularity → bool [B]; one that is missing here is present everywhere.
+        partner: targets of the example that was mixed into the row, under the keys of `targets`;
+            empty where nothing is mixed.
+        share: float32 [B], 0 to 1; how much of the row is its own, the rest being its partner's.
+            None where nothing is mixed.
     """
 
     inputs: dict[str, Array]
@@ -34,6 +40,8 @@ class Batch:
     mask: Mask
     index: Labels
     present: dict[str, Mask] = struct.field(default_factory=dict)
+    partner: dict[str, Array] = struct.field(default_factory=dict)
+    share: Shares | None = None
 
     @property
     def size(self) -> int:

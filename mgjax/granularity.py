@@ -11,6 +11,9 @@ from mgjax.errors import InputError
 FUSED = "fused"  # a head reads this to see what the fusion made of all active granularities
 
 
+DENOISERS = ("median", "bilateral", "nlm")
+
+
 class DeclarationError(InputError):
     """Granularities, tasks and heads do not fit together."""
 
@@ -18,12 +21,13 @@ class DeclarationError(InputError):
 # ---------------------------------------------------------------------- views
 
 
+# A view is preprocessing: it belongs to a granularity, knows no chance, and is the same in training
+# and evaluation. Augmentation is drawn once per example, before any view, and all views share it.
+
+
 @dataclasses.dataclass(frozen=True)
 class Identity:
     """The input as it is."""
-
-    scale: float = dataclasses.field(default=1.0, init=False)
-    detail: None = dataclasses.field(default=None, init=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,91 @@ class Resize:
             raise DeclarationError(f"{self}: 0 < detail <= scale <= 1 is needed")
 
 
-View = Identity | Resize
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A window of the image: a local view. All are shares of the image's height and width.
+
+    Example:
+        >>> Region.central(0.5)
+        Region(top=0.25, left=0.25, height=0.5, width=0.5)
+    """
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+    def __post_init__(self):
+        for start, side in ((self.top, self.height), (self.left, self.width)):
+            if not (start >= 0 and side > 0 and start + side <= 1 + 1e-6):
+                raise DeclarationError(f"{self}: the window lies inside the image, whose height and width are 1")
+
+    @classmethod
+    def central(cls, share: float) -> Region:
+        """The middle of the image, `share` of its height and width."""
+        return cls((1 - share) / 2, (1 - share) / 2, share, share)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grey:
+    """The image without colour, in as many channels as before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoise:
+    """The image without noise, as large as before.
+
+    Images are normalised when a view sees them, so `strength` and `noise` are in units of the
+    training images' standard deviation.
+
+    Attributes:
+        method: `"median"`, `"bilateral"` or `"nlm"` (non-local means); see `mgjax.ops`.
+        size: pixels along a side, odd: of the window, or of the patches of non-local means.
+        strength: how unlike colours (bilateral: σ of colour) or patches (nlm: h) may be that are
+            averaged. The median has none.
+        reach: bilateral: σ of space in pixels; nlm: side of the search window, odd; 0 = a third
+            of `size`, or 7.
+        noise: nlm: standard deviation of the noise that is expected.
+
+    Example:
+        >>> Granularity("coarse", "trunk", "stage1", view=Denoise("median", size=3)).view.size
+        3
+    """
+
+    method: str
+    size: int = 3
+    strength: float = 0.5
+    reach: float = 0
+    noise: float = 0.0
+
+    def __post_init__(self):
+        if self.method not in DENOISERS:
+            raise DeclarationError(f"{self}: denoises by one of {', '.join(DENOISERS)}")
+        if self.size not in (3, 5, 7):
+            raise DeclarationError(f"{self}: the size is 3, 5 or 7 pixels")
+        if not self.strength > 0 or self.reach < 0 or self.noise < 0:
+            raise DeclarationError(f"{self}: strength lies above 0, reach and noise do not lie below")
+        if self.method == "nlm" and self.reach and (self.reach < 3 or self.reach % 2 != 1):
+            raise DeclarationError(f"{self}: the search window of non-local means is odd, at least 3 pixels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compose:
+    """One view after the other.
+
+    Example:
+        >>> Compose((Region.central(0.5), Denoise("median"), Resize(0.5))).views[-1]
+        Resize(scale=0.5, detail=None)
+    """
+
+    views: tuple[View, ...]
+
+    def __post_init__(self):
+        flat = (inner for view in self.views for inner in (view.views if isinstance(view, Compose) else (view,)))
+        object.__setattr__(self, "views", tuple(flat))
+
+
+View = Identity | Resize | Region | Grey | Denoise | Compose
 
 
 # ---------------------------------------------------------------------- declarations
@@ -153,6 +241,10 @@ class OperatingPoint:
             raise DeclarationError(f"{self}: at least one granularity and one task must be asked for")
         if not 0 < self.resolution <= 1:
             raise DeclarationError(f"{self}: resolution lies in (0, 1]")
+
+    def asks_as(self, other: OperatingPoint) -> bool:
+        """Whether it asks the same of the same granularities, at whatever resolution."""
+        return (self.active, self.tasks) == (other.active, other.tasks)
 
 
 def check_declarations(

@@ -45,14 +45,18 @@ class Objective:
             raise DeclarationError(f"no loss weight is above 0: {dict(self.weights)}")
 
     def __call__(self, outputs: Outputs, batch: Batch):
-        """Returns the float32 loss and, for the log, named scalars: every head's loss and accuracy."""
+        """Returns the float32 loss and, for the log, named scalars: every head's loss and accuracy.
+
+        Where the batch was mixed, the loss is of both labels, the accuracy of a row's own.
+        """
         tasks = {t.name: t for t in self.tasks}
         answered = [h for h in self.heads if h.name in outputs.logits]
         total, seen = jnp.float32(0), {}
         for head in answered:
             task, logits = tasks[head.task], outputs.logits[head.name]
             labels = batch.targets[task.target]
-            loss = LOSSES[task.kind](logits, labels, batch.mask, smoothing=self.smoothing)
+            mixed = {"partner": batch.partner[task.target], "share": batch.share} if batch.partner else {}
+            loss = LOSSES[task.kind](logits, labels, batch.mask, smoothing=self.smoothing, **mixed)
             share = dict(self.weights).get(task.name, 1.0) / sum(h.task == task.name for h in answered)
             total += share * loss
             seen[f"loss/{head.name}"] = loss

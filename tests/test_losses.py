@@ -43,6 +43,41 @@ def test_jit_bfloat16_and_vmap():
     np.testing.assert_allclose(stacked[0], exact, rtol=1e-6)
 
 
+# ---------------------------------------------------------------------- mixed examples
+
+PARTNER = jnp.array([1, -1, 0, 3, 2, 1])
+SHARE = jnp.array([0.7, 0.4, 1.0, 0.25, 0.6, 0.5])
+
+
+def test_mixed_labels_by_hand():
+    """Row 1's partner, row 4 itself and all of row 5 count for nothing."""
+    log_p = np.asarray(jax.nn.log_softmax(LOGITS))
+    pairs = [(0, 0, 0.7), (0, 1, 0.3), (1, 1, 0.4), (2, 2, 1.0), (3, 3, 0.25), (3, 3, 0.75), (4, 2, 0.4)]
+    expected = sum(-w * log_p[row, label] for row, label, w in pairs) / sum(w for *_, w in pairs)
+    mixed = {"partner": PARTNER, "share": SHARE}
+    np.testing.assert_allclose(cross_entropy(LOGITS, LABELS, MASK, **mixed), expected, rtol=1e-5)
+    smooth = sum(-w * (0.9 * log_p[row, label] + 0.1 * log_p[row].mean()) for row, label, w in pairs) / sum(
+        w for *_, w in pairs
+    )
+    np.testing.assert_allclose(cross_entropy(LOGITS, LABELS, MASK, smoothing=0.1, **mixed), smooth, rtol=1e-5)
+    # What nobody knows gets no gradient, nor does a masked row.
+    spoiled = LOGITS.at[5].set(1e4)
+    np.testing.assert_array_equal(cross_entropy(spoiled, LABELS, MASK, **mixed), cross_entropy(LOGITS, LABELS, MASK, **mixed))
+    assert (jax.grad(cross_entropy)(LOGITS, LABELS, MASK, **mixed)[5] == 0).all()
+
+
+def test_a_share_of_one_is_no_mixing():
+    got = cross_entropy(LOGITS, LABELS, MASK, partner=PARTNER, share=jnp.ones(6))
+    np.testing.assert_allclose(got, cross_entropy(LOGITS, LABELS, MASK), rtol=1e-6)
+
+
+def test_mixing_that_knows_no_label_contributes_exactly_nothing():
+    nothing = jnp.full(6, -1)
+    loss = lambda logits: cross_entropy(logits, nothing, MASK, partner=nothing, share=SHARE)
+    value, grad = jax.value_and_grad(loss)(LOGITS)
+    assert value == 0 and (grad == 0).all()
+
+
 TASKS = [Task("a", "a", 4), Task("b", "b", 4)]
 HEADS = [Head("a", {"g": "grad"}, "a1"), Head("a", {"h": "grad"}, "a2"), Head("b", {"g": "grad"})]
 BATCH = Batch({}, {"a": LABELS, "b": LABELS}, MASK, jnp.arange(6))
@@ -55,6 +90,16 @@ def test_objective_weighs_tasks_and_averages_heads():
     np.testing.assert_allclose(loss, (each[0] + each[1]) / 2 + 0.5 * each[2], rtol=1e-6)
     right = (np.asarray(LOGITS).argmax(-1) == np.asarray(LABELS))[:4].mean()
     assert seen["accuracy/b"] == pytest.approx(right) and seen["loss"] == loss
+
+
+def test_objective_of_a_mixed_batch():
+    mixed = BATCH.replace(partner={"a": PARTNER, "b": LABELS}, share=SHARE)
+    loss, seen = Objective(TASKS, HEADS, smoothing=0.1)(Outputs({"a1": LOGITS, "b": LOGITS}), mixed)
+    each = [cross_entropy(LOGITS, LABELS, MASK, smoothing=0.1, partner=p, share=SHARE) for p in (PARTNER, LABELS)]
+    np.testing.assert_allclose(loss, sum(each), rtol=1e-6)
+    # The accuracy is that of the row's own label.
+    right = (np.asarray(LOGITS).argmax(-1) == np.asarray(LABELS))[:4].mean()
+    assert seen["accuracy/a1"] == pytest.approx(right)
 
 
 def test_objective_counts_only_what_was_answered():

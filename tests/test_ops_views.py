@@ -1,13 +1,18 @@
+import dataclasses
+
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgjax import ops
+from mgjax import Granularity, Head, MultiGranularityModel, Task, ops
+from mgjax.branches import ResNet
 from mgjax.flops import count_flops
-from mgjax.granularity import Identity, Resize
+from mgjax.granularity import Compose, DeclarationError, Denoise, Grey, Identity, Region, Resize
 from mgjax.layers import SeparableConv
 from mgjax.views import apply_view
 
@@ -99,6 +104,161 @@ def test_views():
         apply_view({"text": image}, Resize(0.5))
     with pytest.raises(ValueError, match="uint8"):
         apply_view({"image": image.astype(jnp.uint8)}, Identity())
+
+
+def test_views_follow_each_other():
+    noise = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    seen = lambda view, resolution=1.0: apply_view({"image": noise}, view, resolution)
+    corner = Region(0.5, 0.0, 0.25, 1.0)
+    np.testing.assert_array_equal(seen(corner), noise[:, 16:24])
+    np.testing.assert_array_equal(seen(Region.central(0.5)), noise[:, 8:24, 8:24])
+    chain = Compose((corner, Compose((Denoise("median"), Identity())), Resize(0.5)))
+    assert chain.views == (corner, Denoise("median"), Identity(), Resize(0.5))
+    np.testing.assert_array_equal(seen(chain), ops.resize(ops.median(noise[:, 16:24], 3), 4, 16))
+    # The resolution is taken last, whether or not there is a Resize to join it.
+    np.testing.assert_array_equal(seen(chain, 0.5), ops.resize(ops.median(noise[:, 16:24], 3), 2, 8))
+    np.testing.assert_array_equal(seen(corner, 0.5), ops.resize(noise[:, 16:24], 4, 16))
+    np.testing.assert_array_equal(seen(Compose((Resize(0.5), corner))), ops.resize(noise, 16, 16)[:, 8:12])
+    np.testing.assert_array_equal(seen(Compose(())), noise)
+    grey = seen(Grey())
+    assert grey.shape == noise.shape and (grey[..., 0] == grey[..., 2]).all()
+    np.testing.assert_allclose(grey[..., 0], noise @ jnp.array([0.299, 0.587, 0.114]), atol=1e-5)
+    with pytest.raises(ValueError, match="needs an image"):
+        apply_view({"text": noise}, Compose((Identity(), Grey())))
+    with pytest.raises(ValueError, match="grey is no view"):
+        seen("grey")
+
+
+@pytest.mark.parametrize(
+    "view, same",
+    [
+        (Denoise("median", 5), lambda x: ops.median(x, 5)),
+        (Denoise("bilateral", 5, strength=0.7, reach=1.5), lambda x: ops.bilateral(x, 5, 0.7, 1.5)),
+        (Denoise("bilateral", 3), lambda x: ops.bilateral(x, 3, 0.5, 1.0)),
+        (Denoise("nlm", 3, strength=0.7, noise=0.2), lambda x: ops.non_local_means(x, 3, 7, 0.7, 0.2)),
+        (Denoise("nlm", 5, reach=3), lambda x: ops.non_local_means(x, 5, 3, 0.5)),
+    ],
+)
+def test_a_view_denoises(view, same):
+    noise = 0.3 * jax.random.normal(jax.random.key(0), (2, 9, 8, 3))
+    got = jax.jit(lambda x: apply_view({"image": x}, view))(noise)
+    np.testing.assert_allclose(got, jax.jit(same)(noise), rtol=1e-5, atol=1e-6)
+    assert got.std() < 0.95 * noise.std() and hash(view) == hash(dataclasses.replace(view))
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: Denoise("mean"), "one of median, bilateral, nlm"),
+        (lambda: Denoise("median", size=4), "3, 5 or 7"),
+        (lambda: Denoise("bilateral", strength=0.0), "strength lies above 0"),
+        (lambda: Denoise("nlm", reach=4), "search window of non-local means is odd"),
+        (lambda: Region(0.5, 0.0, 0.6, 1.0), "inside the image"),
+        (lambda: Region.central(0.0), "inside the image"),
+        (lambda: Resize(0.5, detail=0.6), "detail <= scale"),
+    ],
+)
+def test_declarations_of_no_view(make, says):
+    with pytest.raises(DeclarationError, match=says):
+        make()
+
+
+def test_a_granularity_has_its_own_preprocessing():
+    """Two views of one branch: the same parameters, other features."""
+    model = MultiGranularityModel(
+        [
+            Granularity("sharp", "trunk", "stage1"),
+            Granularity("smooth", "trunk", "stage1", view=Compose((Region.central(0.5), Denoise("median")))),
+        ],
+        [Task("a", "a", 2), Task("b", "b", 2)],
+        [Head("a", {"sharp": "grad"}), Head("b", {"smooth": "grad"})],
+        {"trunk": ResNet(blocks=(1,), widths=(4,), stem="cifar")},
+    )
+    inputs = {"image": jax.random.normal(jax.random.key(1), (2, 16, 16, 3))}
+    variables = model.init(jax.random.key(0), inputs, model.everything, train=False)
+    features = model.apply(variables, inputs, model.everything, train=False, method="features")
+    assert features["sharp"].map.shape == (2, 16, 16, 4) and features["smooth"].map.shape == (2, 8, 8, 4)
+
+
+# ---------------------------------------------------------------------- denoising
+
+NOISY = np.clip(
+    scipy.ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(2, 14, 15, 3)), (0, 2, 2, 0)) * 300
+    + np.random.default_rng(1).normal(size=(2, 14, 15, 3)) * 20
+    + 128,
+    0,
+    255,
+).astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", [3, 5, 7])
+def test_median_is_opencvs(size):
+    got = jax.jit(ops.median, static_argnums=1)(jnp.asarray(NOISY, jnp.float32), size)
+    np.testing.assert_array_equal(got, np.stack([cv2.medianBlur(image, size) for image in NOISY]))
+
+
+def surrounded(image, border):
+    """As our operations see an image: beyond its borders the last row or column goes on."""
+    return np.pad(image, ((border, border), (border, border), (0, 0)), mode="edge")
+
+
+def test_bilateral_is_opencvs_on_one_channel():
+    """OpenCV's window is round: with this σ the corners of ours have next to no weight."""
+    x = NOISY[..., :1] / np.float32(255)
+    for image, ours in zip(x, ops.bilateral(x, 7, 0.2, 0.8)):
+        theirs = cv2.bilateralFilter(surrounded(image, 3), 7, 0.2, 0.8)[3:-3, 3:-3]
+        np.testing.assert_allclose(ours[..., 0], theirs, atol=2e-3)  # it reads its weights from a table
+
+
+def test_bilateral_by_hand():
+    """Of colours, at the last pixel."""
+    x, sigma = NOISY[0] / np.float32(255), 0.3
+    wide, at = surrounded(x, 1), [(i, j) for i in (0, 1, 2) for j in (0, 1, 2)]
+    near = {(i, j): wide[13 + i, 14 + j] for i, j in at}
+    space = {(i, j): np.exp(-((i - 1) ** 2 + (j - 1) ** 2) / (2 * 1.2**2)) for i, j in at}
+    weight = {p: space[p] * np.exp(-((near[p] - near[1, 1]) ** 2).sum() / (2 * sigma**2)) for p in at}
+    expected = sum(weight[p] * near[p] for p in at) / sum(weight.values())
+    np.testing.assert_allclose(ops.bilateral(x[None], 3, sigma, 1.2)[0, 13, 14], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size, search", [(3, 5), (5, 7)])
+def test_non_local_means_is_opencvs(size, search):
+    border = search // 2 + size // 2
+    for image, ours in zip(NOISY, ops.non_local_means(NOISY.astype(np.float32), size, search, 40.0)):
+        theirs = cv2.fastNlMeansDenoising(
+            surrounded(image, border), h=[40.0], templateWindowSize=size, searchWindowSize=search, normType=cv2.NORM_L2
+        )
+        # It rounds to whole levels.
+        np.testing.assert_allclose(ours, theirs[border:-border, border:-border].astype(np.float32), atol=1.0)
+        assert np.abs(ours - image).mean() > 10
+
+
+def test_non_local_means_by_hand():
+    """With noise that is expected, at a corner."""
+    x, h, noise = NOISY[0] / np.float32(255), 0.2, 0.1
+    wide = surrounded(x, 2)
+    patch = lambda i, j: wide[i + 1 : i + 4, j + 1 : j + 4]
+    near = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    distances = [((patch(0, 0) - patch(*at)) ** 2).mean() for at in near]
+    weights = [np.exp(-max(d - 2 * noise**2, 0) / h**2) for d in distances]
+    expected = sum(w * wide[2 + i, 2 + j] for w, (i, j) in zip(weights, near)) / sum(weights)
+    np.testing.assert_allclose(ops.non_local_means(x[None], 3, 3, h, noise)[0, 0, 0], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda x: ops.median(x, 4), "median: size is 4; it is odd"),
+        (lambda x: ops.median(x, 9), "above 7"),
+        (lambda x: ops.bilateral(x, 1), "size is 1"),
+        (lambda x: ops.bilateral(x, 3, 0.0), "sigma_color is 0.0"),
+        (lambda x: ops.non_local_means(x, 3, 6), "search is 6"),
+        (lambda x: ops.non_local_means(x, strength=-1.0), "strength is -1.0"),
+    ],
+)
+def test_denoising_bad_input(call, says):
+    with pytest.raises(ValueError, match=says):
+        call(jnp.ones((1, 8, 8, 1)))
 
 
 def test_flops_of_loops_conditionals_and_calls():

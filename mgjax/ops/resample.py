@@ -1,4 +1,4 @@
-"""Resampling of image batches [B, H, W, C]: resize, crop, flip, space to depth."""
+"""Resampling of image batches [B, H, W, C]: resize, windows, flip, space to depth."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ def crop(x, top, left, height: int, width: int):
     # One slice per example: fancy indexing would gather a batch that is sharded.
     cut = lambda one, y, x: jax.lax.dynamic_slice(one, (y, x) + (0,) * (one.ndim - 2), (height, width, *one.shape[2:]))
     return jax.vmap(cut)(x, top, left)
+
+
+def center_crop(x, height: int, width: int):
+    """The central window of every image; rounds up and left.
+
+    Args:
+        x: [B, H, W, ...], with H at least `height` and W at least `width`.
+
+    Returns:
+        [B, height, width, ...].
+    """
+    top, left = (x.shape[1] - height) // 2, (x.shape[2] - width) // 2
+    return x[:, top : top + height, left : left + width]
 
 
 def flip(x, where):
