@@ -3,13 +3,11 @@ import itertools
 import zlib
 
 import cv2
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mgjax import Batch, Taxonomy
-from mgjax.data import ArraySource, Augment, DataConfig, DataError, eval_batches, load_dataset, train_batches
+from mgjax import Taxonomy
+from mgjax.data import ArraySource, DataConfig, DataError, eval_batches, load_dataset, train_batches
 from mgjax.data.images import DecodeError, decode_rgb, fit
 from mgjax.data.procedural import COUNTS, ProceduralSource, taxonomy
 from mgjax.data.sources import Subset, in_memory, shuffled, split
@@ -268,7 +266,7 @@ def test_a_dataset_of_one_level(shared_data):
         ({"source": "tfds:"}, "no dataset"),
         (
             {"source": "tfds:cifar100", "dir": "/no/such"},
-            r"(?s)no directory '/no/such'; name the folder.*prepare it once.*download_and_prepare",
+            r"no directory '/no/such'; name the folder.*once: python -m mgjax.data.prepare cifar100 --data_dir /no/such",
         ),
         ({"on_error": "ignore"}, "on_error"),
         ({"limit": -1}, "data.limit is -1"),
@@ -286,7 +284,7 @@ def test_tfrecords_have_no_random_access(shared_data, tmp_path):
     folder.mkdir(parents=True)
     for file in (shared_data / "tfds" / "mnist" / "3.0.1").glob("*.json"):
         (folder / file.name).write_text(file.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(DataError, match=r"(?s)not in the array_record format.*download_and_prepare"):
+    with pytest.raises(DataError, match=r"not in the array_record format.*python -m mgjax.data.prepare mnist"):
         load_dataset(DataConfig(source="tfds:mnist", dir=str(tmp_path)))
 
 
@@ -310,42 +308,3 @@ def test_an_empty_split(monkeypatch):
     monkeypatch.setitem(COUNTS, "test", 0)
     with pytest.raises(DataError, match="procedural test is empty"):
         load_dataset(DataConfig())
-
-
-# ---------------------------------------------------------------------- augmentation
-
-
-def marked_batch(n=16):
-    """Images whose mask is a rectangle, the box around it, and the same rectangle in the image."""
-    rng = np.random.default_rng(0)
-    mask, box = np.zeros((n, 16, 16), np.uint8), np.zeros((n, 4), np.float32)
-    for i in range(n):
-        y, x = rng.integers(5, 8, 2)
-        h, w = rng.integers(2, 4, 2)
-        mask[i, y : y + h, x : x + w], box[i] = 1, (y, x, y + h, x + w)
-    image = np.repeat(mask[..., None] * np.uint8(200), 3, -1)
-    return Batch({"image": image}, {"mask": mask, "box": box}, np.ones(n, bool), np.arange(n))
-
-
-def test_image_box_and_mask_move_together():
-    augment = Augment((0.0,) * 3, (1.0,) * 3, flip=True, padding=4)
-    got = jax.jit(augment)(marked_batch(), jax.random.key(0))
-    image, mask, box = np.asarray(got.inputs["image"]), np.asarray(got.targets["mask"]), np.asarray(got.targets["box"])
-    np.testing.assert_array_equal(image[..., 0] > 0, mask > 0)
-    assert any((image[i] != marked_batch().inputs["image"][i]).any() for i in range(16))
-    for m, (y0, x0, y1, x1) in zip(mask, box.astype(int)):
-        assert m[y0:y1, x0:x1].all() and m.sum() == (y1 - y0) * (x1 - x0) > 0
-
-
-def test_strength_zero_is_normalisation_alone():
-    augment, batch = Augment((100.0,) * 3, (50.0,) * 3), marked_batch()
-    for got in (augment(batch, jax.random.key(0), 0.0), augment.normalise(batch)):
-        np.testing.assert_allclose(got.inputs["image"], (batch.inputs["image"] - 100.0) / 50.0)
-        assert got.inputs["image"].dtype == jnp.float32
-
-
-def test_augmentation_depends_on_its_key_alone():
-    augment = Augment((0.0,) * 3, (1.0,) * 3)
-    draw = lambda seed: np.asarray(augment(marked_batch(), jax.random.key(seed)).inputs["image"])
-    np.testing.assert_array_equal(draw(1), draw(1))
-    assert (draw(1) != draw(2)).any()

@@ -1,16 +1,21 @@
 """Data: sources → host batches → device augmentation. Knows no model."""
 
-from mgjax.data.augment import Augment
+from mgjax.data.augment import Augment, AugmentConfig
 from mgjax.data.datasets import DataConfig, Dataset, load_dataset
+from mgjax.data.images import DecodeError
 from mgjax.data.pipeline import eval_batches, train_batches
-from mgjax.data.sources import ArraySource, DataError, Source, Subset
+from mgjax.data.sources import ArraySource, DataError, EncodedSource, FileSource, Source, Subset
 
 __all__ = [
     "ArraySource",
     "Augment",
+    "AugmentConfig",
     "DataConfig",
     "DataError",
     "Dataset",
+    "DecodeError",
+    "EncodedSource",
+    "FileSource",
     "Source",
     "Subset",
     "eval_batches",

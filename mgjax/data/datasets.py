@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from mgjax.config import key
 from mgjax.data import procedural
-from mgjax.data.sources import DataError, Source, Subset, in_memory, shuffled, split
+from mgjax.data.folder_source import load_folder
+from mgjax.data.images import fit
+from mgjax.data.labels import class_taxonomy
+from mgjax.data.sources import ArraySource, DataError, Source, Subset, in_memory, shuffled, split, with_test
+from mgjax.data.table_source import load_table
 from mgjax.data.tfds_source import load_tfds
 from mgjax.taxonomy import Taxonomy
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str = key("procedural", "dataset: 'procedural' (embedded) or 'tfds:NAME' (prepared, see data.dir)")
+    source: str = key(
+        "procedural",
+        "dataset: 'procedural' (embedded), 'tfds:NAME' (prepared, see data.dir), 'folder:PATH' (a folder per class), "
+        "'csv:FILE' (a table of images and labels) or 'sklearn:digits' (1,797 digits that scikit-learn brings)",
+    )
     dir: str = key("", "folder of prepared TFDS datasets (empty: ~/tensorflow_datasets)")
-    levels: tuple[str, ...] = key((), "label features that are levels, coarse to fine (empty: all, by number of classes)")
+    taxonomy: str = key(
+        "", "of the classes: path of a .csv, .json or .nwk, or 'wordnet' (empty: WordNet's for wnids, else none)"
+    )
+    levels: tuple[str, ...] = key(
+        (),
+        "levels, coarse to fine: label features or columns; levels of data.taxonomy to keep; names for nested folders; "
+        "of WordNet groups:N, depth:N, named:A+B+other or class, each also as NAME=ITEM (empty: all, or WordNet's default)",
+    )
     image_size: int = key(0, "fit images to squares of this side, in pixels (0: as they are)", low=0)
     validation: float = key(0.05, "share of train that is split off for validation where the dataset has none")
+    test: float = key(0.2, "share of train that is split off for the test where a folder or table has no other split")
     on_error: str = key("error", "an image that does not decode stops the run, or is masked", choices=("error", "mask"))
     cache_gb: float = key(4.0, "decoded splits up to this size are kept in memory, in GB", low=0)
     limit: int = key(0, "use only so many examples of each split, for a quick look (0: all)", low=0)
-    seed: int = key(0, "of the validation split and of the procedural images")
+    seed: int = key(0, "of the splits that are split off, and of the procedural images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +78,34 @@ def load_dataset(config: DataConfig) -> Dataset:
     if config.limit < 0 or config.image_size < 0:
         raise DataError(f"data.limit is {config.limit} and data.image_size {config.image_size}; neither can be below 0")
     kind, _, name = config.source.partition(":")
+    of_labels = (config.taxonomy, config.levels, config.image_size or None, config.on_error)
     if config.source == "procedural":
-        if config.levels or config.image_size:
-            raise DataError("data.levels and data.image_size do not apply to 'procedural'")
+        if config.levels or config.image_size or config.taxonomy:
+            raise DataError("data.levels, data.taxonomy and data.image_size do not apply to 'procedural'")
         sources = {s: procedural.ProceduralSource(s, config.seed) for s in procedural.COUNTS}
         taxonomy = procedural.taxonomy()
     elif kind == "tfds" and name:
-        sources, taxonomy = load_tfds(name, config.dir, config.levels, config.image_size or None, config.on_error)
+        sources, taxonomy = load_tfds(name, config.dir, *of_labels)
+    elif kind in ("folder", "csv") and name:
+        load = load_folder if kind == "folder" else load_table
+        sources, taxonomy = load(name, *of_labels, config.test, config.seed)
+    elif config.source == "sklearn:digits":
+        sources, taxonomy = _bundled_digits(*of_labels, config.test, config.seed)
     else:
-        raise DataError(f"no dataset '{config.source}': 'procedural' or 'tfds:NAME', such as tfds:cifar100")
+        raise DataError(
+            f"no dataset '{config.source}': 'procedural', 'sklearn:digits' or 'tfds:NAME' (such as tfds:cifar100), "
+            "or images of your own by 'folder:PATH' or 'csv:FILE'"
+        )
 
     for source in sources.values():
         if not len(source):
             raise DataError(f"{source.name} is empty")
     if config.limit:
-        sources = {s: Subset(v, np.arange(min(config.limit, len(v))), v.name) for s, v in sources.items()}
-    shape = sources["train"].take(np.arange(1))["image"].shape[1:]
+        sources = {s: _limited(v, config.limit, spread=kind in ("folder", "csv")) for s, v in sources.items()}
+    shapes = {s: v.take(np.arange(1))["image"].shape[1:] for s, v in sources.items()}
+    shape = shapes["train"]
+    if len(set(shapes.values())) > 1:
+        raise DataError(f"{config.source}: the splits differ in size, {shapes}: give one with --config.data.image_size")
     sources = {s: _cached(v, shape, config.cache_gb) for s, v in sources.items()}
     if "validation" not in sources:
         if not 0 < config.validation < 1:
@@ -97,6 +126,26 @@ def load_dataset(config: DataConfig) -> Dataset:
         mean=tuple(pixels.mean((0, 1, 2)).tolist()),
         std=tuple(np.maximum(pixels.std((0, 1, 2)), 1.0).tolist()),
     )
+
+
+def _bundled_digits(taxonomy: str, levels: Sequence[str], size: int | None, on_error: str, test: float, seed: int):
+    """The 8×8 digits of scikit-learn (Alpaydin & Kaynak 1998), from 0 to 16, as uint8 images."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError("'sklearn:digits' comes with scikit-learn, which is not installed: pip install scikit-learn") from None
+    digits = load_digits()
+    images = [np.repeat(np.uint8(np.minimum(16 * image, 255))[..., None], 3, 2) for image in digits.images]
+    tree, of_class = class_taxonomy([str(n) for n in digits.target_names], taxonomy, levels, "sklearn:digits")
+    labels = {level: table[digits.target] for level, table in of_class.items()}
+    arrays = {"image": np.stack([fit(i, size) if size else i for i in images])} | labels
+    return with_test({"train": ArraySource(arrays, "sklearn:digits")}, test, seed), tree
+
+
+def _limited(source: Source, limit: int, spread: bool) -> Subset:
+    """The first examples, or, where they are sorted by class, some from everywhere."""
+    count = min(limit, len(source))
+    return Subset(source, np.arange(count) * len(source) // count if spread else np.arange(count), source.name)
 
 
 def _cached(source: Source, shape, limit_gb: float) -> Source:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
+import logging
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import grain
 import numpy as np
 
+from mgjax.data.images import DecodeError, decode_rgb, fit
 from mgjax.errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 class DataError(InputError):
@@ -73,14 +81,140 @@ class Subset:
         return self.source.take(self.indices[indices])
 
 
+class EncodedSource:
+    """Examples whose images are files' bytes, decoded when they are taken; subclasses say what `read` reads.
+
+    Args:
+        name: for messages.
+        size: side in pixels to which every image is fitted; None leaves images as they are,
+            which then must all have one size.
+        on_error: "error" raises for an image that does not decode; "mask" replaces it by a
+            masked example and counts it in `bad`.
+    """
+
+    def __init__(self, name: str, size: int | None, on_error: str):
+        self.name, self.size, self.on_error = name, size, on_error
+        self.bad: dict[int, str] = {}
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> tuple[bytes, Mapping[str, int]]:
+        """The encoded image and its label at each level. Raises DecodeError where there are no bytes."""
+        raise NotImplementedError
+
+    def describe(self, index: int) -> str:
+        return f"example {index}"
+
+    @functools.cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Of every image: (size, size, 3), or that of the first one that decodes."""
+        if self.size:
+            return (self.size, self.size, 3)
+        for i in range(len(self)):
+            image, _ = self._example(i)
+            if image is not None:
+                return image.shape
+        raise DataError(f"{self.name}: none of its {len(self)} images decodes")
+
+    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        shape = self.shape
+        indices = [int(i) for i in indices]
+        if len(indices) >= 2 * _WORKERS:  # OpenCV and the file system work without Python's lock
+            chunks = [c.tolist() for c in np.array_split(indices, _WORKERS)]
+            parts = _pool().map(lambda chunk: [self._example(i) for i in chunk], chunks)
+            examples = [example for part in parts for example in part]
+        else:
+            examples = [self._example(i) for i in indices]
+        blank = np.zeros(shape, np.uint8)
+        for i, (image, _) in zip(indices, examples):
+            if image is not None and image.shape != shape:
+                raise DataError(
+                    f"{self.name}: {self.describe(i)} is {image.shape}, others are {shape}: "
+                    "give one size with --config.data.image_size"
+                )
+        return {
+            "image": np.stack([blank if image is None else image for image, _ in examples]),
+            "valid": np.array([image is not None for image, _ in examples]),
+            **{level: np.array([labels[level] for _, labels in examples], np.int32) for level in examples[0][1]},
+        }
+
+    def labels_of(self, index: int) -> Mapping[str, int]:
+        """The labels of an example whose image cannot be read."""
+        return self.read(index)[1]
+
+    def _example(self, index: int) -> tuple[np.ndarray | None, Mapping[str, int]]:
+        try:
+            data, labels = self.read(index)
+            image = decode_rgb(data, self.size)
+        except DecodeError as error:
+            if self.on_error == "error":
+                raise DataError(
+                    f"{self.name}: the image of {self.describe(index)} does not decode ({error}); "
+                    "--config.data.on_error=mask goes on without it"
+                ) from None
+            if index not in self.bad:
+                self.bad[index] = str(error)
+                log.warning("%s: %s is masked, %d so far: %s", self.name, self.describe(index), len(self.bad), error)
+            return None, self.labels_of(index)
+        return fit(image, self.size) if self.size else image, labels
+
+
+_WORKERS = min(16, os.cpu_count() or 1)
+
+
+@functools.cache
+def _pool() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(_WORKERS, "decode")
+
+
+class FileSource(EncodedSource):
+    """Image files below a folder.
+
+    Args:
+        root: the folder; what it stands for may be named by a longer path.
+        paths: of the files, relative to `root`.
+        labels: level → int32 [examples].
+        name, size, on_error: as in `EncodedSource`.
+    """
+
+    def __init__(
+        self,
+        root: pathlib.Path,
+        paths: Sequence[str],
+        labels: Mapping[str, np.ndarray],
+        name: str,
+        size: int | None,
+        on_error: str,
+    ):
+        super().__init__(name, size, on_error)
+        self.root, self.paths, self.labels = root, list(paths), dict(labels)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> tuple[bytes, Mapping[str, int]]:
+        try:
+            data = (self.root / self.paths[index]).read_bytes()
+        except OSError as error:
+            raise DecodeError(f"cannot be read: {error.strerror}") from None
+        return data, self.labels_of(index)
+
+    def labels_of(self, index: int) -> Mapping[str, int]:
+        return {level: labels[index] for level, labels in self.labels.items()}
+
+    def describe(self, index: int) -> str:
+        return f"example {index} ('{self.paths[index]}')"
+
+
 def in_memory(source: Source, chunk: int = 1024) -> ArraySource:
     """Reads a whole source once, so that later passes only index arrays."""
     parts = [source.take(np.arange(i, min(i + chunk, len(source)))) for i in range(0, len(source), chunk)]
     return ArraySource({key: np.concatenate([p[key] for p in parts]) for key in parts[0]}, source.name)
 
 
-def split(source: Source, count: int, seed: int = 0) -> tuple[Subset, Subset]:
-    """Splits off `count` examples; who goes where depends on `seed` and the length alone.
+def split(source: Source, count: int, seed: int = 0, name: str = "validation") -> tuple[Subset, Subset]:
+    """Splits off `count` examples, called `name`; who goes where depends on `seed` and the length alone.
 
     Returns:
         (the rest, the `count` examples), each in the order of the source.
@@ -95,8 +229,28 @@ def split(source: Source, count: int, seed: int = 0) -> tuple[Subset, Subset]:
     chosen[[order[i] for i in range(count)]] = True
     return (
         Subset(source, np.flatnonzero(~chosen), source.name),
-        Subset(source, np.flatnonzero(chosen), f"{source.name} (validation)"),
+        Subset(source, np.flatnonzero(chosen), f"{source.name} ({name})"),
     )
+
+
+def with_test(sources: Mapping[str, Source], share: float, seed: int) -> dict[str, Source]:
+    """The splits with a test among them: validation, where there is no test, or a share of train.
+
+    Raises:
+        DataError: a share that is not in (0, 1), or leaves nothing on one side.
+    """
+    sources = dict(sources)
+    if "test" not in sources:
+        if "validation" in sources:
+            sources["test"] = sources.pop("validation")
+        elif not 0 < share < 1:
+            raise DataError(
+                f"{sources['train'].name} has no test split; data.test is the share in (0, 1) to make one, not {share}"
+            )
+        else:
+            train = sources["train"]
+            sources["train"], sources["test"] = split(train, max(1, round(share * len(train))), seed, "test")
+    return sources
 
 
 def shuffled(length: int, seed: int) -> Sequence[int]:

@@ -2,107 +2,84 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import pathlib
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mgjax.data.images import DecodeError, decode_rgb, fit
-from mgjax.data.sources import DataError
-from mgjax.taxonomy import Taxonomy, TaxonomyError
+from mgjax.data.labels import Labels, class_taxonomy
+from mgjax.data.sources import DataError, EncodedSource, Source
+from mgjax.taxonomy import UNKNOWN, Taxonomy, TaxonomyError
+from mgjax.taxonomy.wordnet import is_wnid
 
-log = logging.getLogger(__name__)
 LEVEL_NAMES = {"label": "class", "coarse_label": "superclass"}  # TFDS's feature → our level
+_PROBED = 64  # examples that tell whether a split has labels
 
 
-class TfdsSource:
+class TfdsSource(EncodedSource):
     """One split of a TFDS image dataset.
 
     Args:
         records: random access to examples whose `image` is still encoded.
         levels: level → feature that holds its label.
-        name: for messages.
-        size: side in pixels to which every image is fitted; None leaves images as they are,
-            which then must all have one size.
-        on_error: "error" raises for an image that does not decode; "mask" replaces it by a
-            masked example and counts it in `bad`.
+        name, size, on_error: as in `EncodedSource`.
+        lifted: level → int32 [classes]: what the feature's label is at that level (default: itself).
     """
 
-    def __init__(self, records, levels: Mapping[str, str], name: str, size: int | None, on_error: str):
-        self.records, self.levels, self.name, self.size, self.on_error = records, dict(levels), name, size, on_error
-        self.bad: dict[int, str] = {}
+    def __init__(
+        self,
+        records,
+        levels: Mapping[str, str],
+        name: str,
+        size: int | None,
+        on_error: str,
+        lifted: Labels | None = None,
+    ):
+        super().__init__(name, size, on_error)
+        self.records, self.levels, self.lifted = records, dict(levels), lifted or {}
 
     def __len__(self) -> int:
         return len(self.records)
 
-    @functools.cached_property
-    def shape(self) -> tuple[int, int, int]:
-        """Of every image: (size, size, 3), or that of the first one that decodes."""
-        if self.size:
-            return (self.size, self.size, 3)
-        for i in range(len(self)):
-            image = self._image(i, self.records[i]["image"])
-            if image is not None:
-                return image.shape
-        raise DataError(f"{self.name}: none of its {len(self)} images decodes")
-
-    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        records = [self.records[int(i)] for i in indices]
-        images = [self._image(int(i), r["image"]) for i, r in zip(indices, records)]
-        for i, image in zip(indices, images):
-            if image is not None and image.shape != self.shape:
-                raise DataError(
-                    f"{self.name}: example {i} is {image.shape}, others are {self.shape}: "
-                    "give one size with --config.data.image_size"
-                )
-        labels = {l: np.array([r[f] for r in records], np.int32) for l, f in self.levels.items()}
-        blank = np.zeros(self.shape, np.uint8)
-        return {
-            "image": np.stack([blank if i is None else i for i in images]),
-            "valid": np.array([i is not None for i in images]),
-            **labels,
-        }
+    def read(self, index: int) -> tuple[bytes, Mapping[str, int]]:
+        record = self.records[index]
+        labels = {level: int(record[feature]) for level, feature in self.levels.items()}
+        known = {l: int(t[labels[l]]) if labels[l] >= 0 else UNKNOWN for l, t in self.lifted.items()}
+        return record["image"], labels | known
 
     def labels(self) -> dict[str, np.ndarray]:
         """Feature → labels of all examples, without decoding an image."""
         rows = [[self.records[i][f] for f in self.levels.values()] for i in range(len(self))]
         return dict(zip(self.levels.values(), np.asarray(rows, np.int32).reshape(-1, len(self.levels)).T))
 
-    def _image(self, index: int, data: bytes) -> np.ndarray | None:
-        try:
-            image = decode_rgb(data)
-        except DecodeError as error:
-            if self.on_error == "error":
-                raise DataError(
-                    f"{self.name}: the image of example {index} does not decode ({error}); "
-                    "--config.data.on_error=mask goes on without it"
-                ) from None
-            if index not in self.bad:
-                self.bad[index] = str(error)
-                log.warning("%s: example %d is masked, %d so far: %s", self.name, index, len(self.bad), error)
-            return None
-        return fit(image, self.size) if self.size else image
 
-
-def load_tfds(name: str, directory: str, levels: tuple[str, ...], size: int | None, on_error: str):
+def load_tfds(
+    name: str, directory: str, taxonomy: str, levels: Sequence[str], size: int | None, on_error: str
+) -> tuple[dict[str, Source], Taxonomy]:
     """Opens a prepared dataset.
 
+    Args:
+        taxonomy: as in `class_taxonomy`, for the ClassLabel `label`, or else the one with most classes. Without it,
+            classes that are all wnids get WordNet's levels, and otherwise all ClassLabels are levels.
+        levels: ClassLabel features that are levels, coarse to fine, or what `class_taxonomy` takes.
+        size, on_error: as in `EncodedSource`.
+
     Returns:
-        ({"train": …, "validation"?: …, "test": …} of TfdsSource, Taxonomy).
+        ({"train": …, "validation"?: …, "test": …} of TfdsSource, Taxonomy). Where the test split is missing, or its
+        labels are not published, the validation split is the test.
 
     Raises:
         DataError: the directory or the dataset is not there, or has no train or test split.
+        TaxonomyError: labels that form no forest.
     """
     import tensorflow_datasets as tfds  # slow to import, and only needed here
 
     path = pathlib.Path(directory or "~/tensorflow_datasets").expanduser()
+    given = f" --data_dir {shlex.quote(str(path))}" if directory else ""
     help_text = (
-        f"name the folder that holds {name.split('/')[0]}/ with --config.data.dir=DIR, or prepare it once with "
-        f"TensorFlow installed (pip install 'mgjax[prepare]', in a checkout '.[prepare]'):\n  "
-        f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='{path}', "
-        f"file_format='array_record').download_and_prepare()\""
+        f"name the folder that holds {name.split('/')[0]}/ with --config.data.dir=DIR, or prepare it once: "
+        f"python -m mgjax.data.prepare {name}{given}"
     )
     if not path.is_dir():
         raise DataError(f"tfds:{name}: there is no directory '{path}'; {help_text}")
@@ -110,31 +87,50 @@ def load_tfds(name: str, directory: str, levels: tuple[str, ...], size: int | No
         found = sorted({p.parent.parent.name for p in path.glob("*/*/features.json")})
         raise DataError(f"tfds:{name}: '{path}' holds {found or 'no prepared dataset'}, not '{name}'; {help_text}")
     builder = tfds.builder(name, data_dir=str(path))
-    features, splits = builder.info.features, set(builder.info.splits)
+    features = builder.info.features
     if "image" not in features:
         raise DataError(f"tfds:{name} has no feature 'image'; it has {sorted(features)}")
-    # Some datasets publish no test labels; their validation split is then the test.
-    names = {"train": "train", "test": "test" if "test" in splits else "validation"}
-    if "test" in splits and "validation" in splits:
-        names["validation"] = "validation"
-    if missing := set(names.values()) - splits:
-        raise DataError(f"tfds:{name} lacks the splits {sorted(missing)}; it has {sorted(splits)}")
+    by_size = sorted(
+        (k for k, f in features.items() if getattr(f, "names", None) and f.shape == ()), key=lambda k: len(features[k].names)
+    )
+    labels = {k: features[k] for k in by_size}
+    finest = "label" if "label" in labels else by_size[-1] if by_size else None
+    wnids = finest is not None and all(map(is_wnid, labels[finest].names)) and not set(levels) & set(labels)
+    tree, lifted = None, None
+    if finest is not None and (taxonomy or wnids):
+        tree, lifted = class_taxonomy(labels[finest].names, taxonomy, levels, f"tfds:{name}")
+        by_level = dict.fromkeys(tree.levels, finest)
+    else:
+        if unknown := [l for l in levels if l not in labels]:
+            raise TaxonomyError(f"tfds:{name}: no ClassLabel feature {unknown}; there are {sorted(labels)}")
+        by_level = {LEVEL_NAMES.get(feature, feature): feature for feature in levels or by_size}
 
-    labels = {k: f for k, f in features.items() if getattr(f, "names", None)}
-    chosen = levels or tuple(sorted(labels, key=lambda k: len(labels[k].names)))
-    by_level = {LEVEL_NAMES.get(feature, feature): feature for feature in chosen}
-    sources = {}
-    for ours, theirs in names.items():
+    def open_split(split: str) -> TfdsSource:
         try:
-            records = builder.as_data_source(split=theirs, decoders={"image": tfds.decode.SkipDecoding()})
+            records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
         except NotImplementedError:  # prepared as TFRecord, which has no random access
             raise DataError(f"tfds:{name} in '{path}' is not in the array_record format; {help_text}") from None
-        sources[ours] = TfdsSource(records, by_level, f"tfds:{name} {theirs}", size, on_error)
         if not len(records):
-            raise DataError(f"{sources[ours].name} is empty")
-    try:
-        several = sources["train"].labels() if len(chosen) > 1 else None
-        taxonomy = Taxonomy.from_features(labels, chosen, labels=several, rename=LEVEL_NAMES)
-    except TaxonomyError as error:
-        raise TaxonomyError(f"tfds:{name}: {error}") from None
-    return sources, taxonomy
+            raise DataError(f"tfds:{name} {split} is empty")
+        return TfdsSource(records, by_level, f"tfds:{name} {split}", size, on_error, lifted)
+
+    sources = {split: open_split(split) for split in ("train", "validation", "test") if split in builder.info.splits}
+    if "test" in sources and "validation" in sources and not _labelled(sources["test"]):
+        del sources["test"]
+    if "test" not in sources and "validation" in sources:
+        sources["test"] = sources.pop("validation")
+    if missing := [split for split in ("train", "test") if split not in sources]:
+        raise DataError(f"tfds:{name} lacks the splits {missing}; it has {sorted(builder.info.splits)}")
+    if tree is None:
+        try:
+            several = sources["train"].labels() if len(by_level) > 1 else None
+            tree = Taxonomy.from_features(labels, tuple(by_level.values()), labels=several, rename=LEVEL_NAMES)
+        except TaxonomyError as error:
+            raise TaxonomyError(f"tfds:{name}: {error}") from None
+    return sources, tree
+
+
+def _labelled(source: TfdsSource) -> bool:
+    """Whether the labels of a split are published; ImageNet's test labels, for one, are not."""
+    probed = range(min(_PROBED, len(source)))
+    return any(source.records[i][feature] >= 0 for i in probed for feature in source.levels.values())
