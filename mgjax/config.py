@@ -69,8 +69,9 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
         if dataclasses.is_dataclass(field.default):
             result |= leaves(field.default, f"{prefix}{field.name}.")
         else:
-            # Annotations are strings where a module postpones them.
-            kind = field.type if not isinstance(field.type, str) else eval(field.type, vars(sys.modules[cls.__module__]))
+            # Annotations are strings where the module of the class that declares them postpones them.
+            owner = next(c for c in cls.__mro__ if field.name in vars(c).get("__annotations__", {}))
+            kind = field.type if not isinstance(field.type, str) else eval(field.type, vars(sys.modules[owner.__module__]))
             result[prefix + field.name] = Leaf(kind, **field.metadata)
     return result
 
@@ -187,6 +188,8 @@ def run(main: Callable[[dict[str, Any]], None], config: Any, notes: Mapping[str,
         except flags.UnrecognizedFlagError as error:
             if error.flagname.startswith(PREFIX):
                 raise SystemExit(_fatal(unknown_key(error.flagname[len(PREFIX) :], known))) from None
+            if error.flagname in {k.rpartition(".")[2] for k in known} | known:
+                raise SystemExit(_fatal(unknown_key(error.flagname, known).replace(PREFIX, "", 1))) from None
             raise SystemExit(_fatal(str(error))) from None
         except flags.Error as error:
             raise SystemExit(_fatal(str(error))) from None

@@ -16,6 +16,7 @@ from mgjax.granularity import Head, Task
 from mgjax.taxonomy import Taxonomy
 
 BINS = 15  # of the calibration error, as Guo et al. 2017
+CONFUSION = 60  # a larger confusion matrix is not kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,8 @@ class ClassificationMetrics:
     equal bins); over whole paths: full-path accuracy, raw and decoded inconsistency, mean tree
     distance, mistake severity (mean LCA height of the mistakes, Bertinetto et al. 2020,
     arXiv:1912.09393). Macro averages run over the classes that occur in labels or answers, as
-    scikit-learn's do.
+    scikit-learn's do. A level that no head answers, but a finer one does, has the decoded
+    figures alone.
 
     `update` runs inside jit and returns sums; sums of several batches are added; `compute`
     turns them into figures.
@@ -50,21 +52,23 @@ class ClassificationMetrics:
     def update(self, outputs: Outputs, batch: Batch) -> dict:
         """Sums of one batch, as a pytree of float32 arrays."""
         log_probs = task_log_probs(outputs, self.heads, self.tasks)
-        by_level = {t.level: (log_probs[t.name], batch.targets[t.target]) for t in self.tasks if t.name in log_probs}
-        raw = {level: said for level, (said, _) in by_level.items()}
-        truth = {level: labels for level, (_, labels) in by_level.items()}
-        levels = [l for l in self.taxonomy.levels if l in by_level]
+        raw = {t.level: log_probs[t.name] for t in self.tasks if t.name in log_probs}
+        truth = batch.targets | {t.level: batch.targets[t.target] for t in self.tasks}
         paths = {method: decode(raw, self.taxonomy, method) for method in METHODS}
         path = paths["combined"]
+        levels = [l for l in self.taxonomy.levels if l in path.labels and l in truth]
 
         sums = {"levels": {}}
         for level in levels:
             known = batch.mask & (truth[level] >= 0)
-            said = jnp.argmax(raw[level], -1)
-            sums["levels"][level] = {
-                "decoded": _level_sums(path.log_probs[level], path.labels[level], truth[level], known),
-                "raw": _level_sums(raw[level], said, truth[level], known),
-            }
+            said = {"decoded": (path.log_probs[level], path.labels[level])}
+            if level in raw:
+                said["raw"] = raw[level], jnp.argmax(raw[level], -1)
+            sums["levels"][level] = {how: _level_sums(*answer, truth[level], known) for how, answer in said.items()}
+        if (shown := self._shown(levels)) is not None:
+            known = (batch.mask & (truth[shown] >= 0)).astype(jnp.float32)
+            empty = jnp.zeros((self.taxonomy.size(shown),) * 2, jnp.float32)
+            sums["confusion"] = empty.at[jnp.maximum(truth[shown], 0), path.labels[shown]].add(known)
 
         # Where several heads answer one task, each is reported by itself too.
         several = [h for h in self.heads if sum(h.task == o.task for o in self.heads) > 1 and h.name in outputs.logits]
@@ -80,7 +84,7 @@ class ClassificationMetrics:
         known = batch.mask & jnp.stack([truth[l] >= 0 for l in levels]).all(0)
         sums["examples"] = count(batch.mask)
         sums["known_paths"] = count(known)
-        sums["raw_inconsistent"] = count(self._inconsistent({l: jnp.argmax(raw[l], -1) for l in levels}))
+        sums["raw_inconsistent"] = count(self._inconsistent({l: jnp.argmax(said, -1) for l, said in raw.items()}))
         sums["inconsistent"] = count(self._inconsistent(path.labels))
         sums["right_path"], sums["right"] = {}, {}
         for method, answer in paths.items():
@@ -97,8 +101,12 @@ class ClassificationMetrics:
         sums["mistakes"] = count(mistake)
         return sums
 
-    def compute(self, sums: Mapping) -> dict:
+    def compute(self, sums: Mapping, full: bool = False) -> dict:
         """Figures of added-up sums, as plain floats ready for JSON.
+
+        Args:
+            full: adds each level's reliability (confidence, accuracy and count per bin) and the
+                confusion matrix (rows are true) of the coarsest level that can be confused.
 
         Raises:
             ValueError: there was no example.
@@ -112,9 +120,17 @@ class ClassificationMetrics:
         share = lambda a, b: float(a / b) if b else 0.0
         levels = {}
         for level in (l for l in self.taxonomy.levels if l in sums["levels"]):  # jax sorts keys
-            both = sums["levels"][level]
-            raw = {f"raw_{k}": v for k, v in _level_figures(both["raw"]).items()}
-            levels[level] = _level_figures(both["decoded"]) | raw
+            said = sums["levels"][level]
+            raw = {f"raw_{k}": v for k, v in _level_figures(said["raw"]).items()} if "raw" in said else {}
+            levels[level] = _level_figures(said["decoded"]) | raw
+            if full:
+                levels[level]["reliability"] = _reliability(said["decoded"])
+        confusion = {}
+        if full and "confusion" in sums:
+            level = self._shown(list(levels))
+            names = self.taxonomy.names[self.taxonomy.index(level)]
+            counts = sums["confusion"].astype(int).tolist()
+            confusion = {"confusion": {"level": level, "labels": list(names), "counts": counts}}
         return {
             "examples": int(n),
             "levels": levels,
@@ -127,15 +143,18 @@ class ClassificationMetrics:
             "decoders": {
                 method: {
                     "full_path_accuracy": share(sums["right_path"][method], sums["known_paths"]),
-                    "accuracy": {l: share(sums["right"][method][l], sums["levels"][l]["raw"]["count"]) for l in levels},
+                    "accuracy": {l: share(sums["right"][method][l], sums["levels"][l]["decoded"]["count"]) for l in levels},
                 }
                 for method in METHODS
             },
+            **confusion,
         }
 
     def scalars(self, figures: Mapping) -> dict[str, float]:
         """The figures of `compute` as flat scalars for a log, with slashes in their names."""
-        levels = {f"{level}/{k}": v for level, of_level in figures["levels"].items() for k, v in of_level.items()}
+        levels = {
+            f"{level}/{k}": v for level, said in figures["levels"].items() for k, v in said.items() if isinstance(v, float)
+        }
         return levels | {k: v for k, v in figures.items() if isinstance(v, float)}
 
     def headline(self, figures: Mapping) -> str:
@@ -147,6 +166,10 @@ class ClassificationMetrics:
         start = "accuracy/"
         shown = (f"{k.removeprefix(start)} {v:.1%}" for k, v in scalars.items() if k.startswith(start))
         return "  ".join([f"loss {scalars['loss']:.3f}", *shown])
+
+    def _shown(self, levels: Sequence[str]) -> str | None:
+        """The coarsest level with a confusion matrix that is neither trivial nor too large."""
+        return next((l for l in levels if 1 < self.taxonomy.size(l) <= CONFUSION), None)
 
     def _inconsistent(self, labels: Mapping) -> jax.Array:
         """bool [B]: some label's ancestor is not the label given for that coarser level."""
@@ -176,6 +199,7 @@ def _level_sums(log_probs, answer, truth, known) -> dict:
         "right": per_class(right, label),
         "answered": per_class(weight, answer),
         "labelled": per_class(weight, label),
+        "bin_count": per_bin(weight),
         "bin_confidence": per_bin(weight * confidence),
         "bin_right": per_bin(right),
     }
@@ -193,6 +217,15 @@ def _level_figures(sums: Mapping) -> dict[str, float]:
         "recall": macro(right, labelled),
         "f1": macro(2 * right, answered + labelled),
         "ece": float(np.abs(sums["bin_right"] - sums["bin_confidence"]).sum() / n),
+    }
+
+
+def _reliability(sums: Mapping) -> dict[str, list]:
+    count = np.maximum(sums["bin_count"], 1)
+    return {
+        "confidence": (sums["bin_confidence"] / count).tolist(),
+        "accuracy": (sums["bin_right"] / count).tolist(),
+        "count": sums["bin_count"].astype(int).tolist(),
     }
 
 

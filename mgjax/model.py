@@ -120,7 +120,7 @@ class MultiGranularityModel(nn.Module):
         heads = [h for h in self.heads if h.task in op.tasks]
         if any(FUSED in h.sources for h in heads):
             with jax.named_scope("fusion"):
-                features[FUSED] = self.fusion(dict(features), present)
+                features[FUSED] = self.fusion(dict(features), present, train=train)
         logits = {}
         for head in heads:
             reads = {

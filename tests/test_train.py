@@ -388,7 +388,7 @@ def test_metrics_are_fetched_one_step_late_and_once_a_step(tmp_path, monkeypatch
     calls = []
     monkeypatch.setattr(loop_module, "fetch", lambda tree: calls.append(1) or jax.device_get(tree))
     toy.run(tmp_path, plan=toy.plan((0, 0, 5)))
-    assert len(calls) == 5 + 2  # five steps, validation, test
+    assert len(calls) == 5 + 3  # five steps, validation, test, and at the end the variables
 
 
 def test_validation_inside_a_stage(tmp_path):

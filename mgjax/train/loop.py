@@ -8,7 +8,7 @@ import os
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import numpy as np
 from mgjax.config import key
 from mgjax.contracts import Batch
 from mgjax.flops import count_jaxpr
+from mgjax.granularity import OperatingPoint
 from mgjax.train.checkpoint import CheckpointConfig, Checkpoints
 from mgjax.train.monitor import Monitor, clock
 from mgjax.train.optim import OptimConfig, make_optimizer, make_schedule
@@ -78,25 +79,28 @@ def fit(
     workdir: pathlib.Path,
     meta: dict,
     free: tuple[str, ...] = (),
+    points: Mapping[str, OperatingPoint] | None = None,
     optim: OptimConfig = OptimConfig(),
     checkpoint: CheckpointConfig = CheckpointConfig(),
     log: LogConfig = LogConfig(),
 ) -> dict:
-    """Trains by plan, evaluates on validation after each stage and on test once, at the end.
+    """Trains by plan, evaluates on validation after each stage and on test at the end.
 
     Where `workdir` holds a checkpoint of the same run, it continues.
 
     Args:
         model: has `init`/`apply` of (inputs, op) and `everything`, as MultiGranularityModel.
         objective: (outputs, batch) → (loss, named scalars).
-        metrics: `update(outputs, batch)` → sums inside jit, `compute(sums)` → figures, and three
-            ways to show them, as ClassificationMetrics has.
+        metrics: `update(outputs, batch)` → sums inside jit, `compute(sums, full)` → figures, and
+            three ways to show them, as ClassificationMetrics has.
         augment: (batch, rng, strength) → normalised batch; `.normalise(batch)` for evaluation.
         meta, free: see `Checkpoints`.
+        points: name → further operating point at which the trained model is tested.
 
     Returns:
         params, train_flops, steps, seconds (training and validation, compilation included),
-        stages, test.
+        stages, test, points (name → test figures), ready for JSON; and variables, the trained
+        parameters and batch statistics for `model.apply`, as numpy arrays.
 
     Raises:
         InputError: a plan, batch size or checkpoint that does not fit; before any training.
@@ -135,6 +139,8 @@ def fit(
             eval_step=eval_step,
             metrics=metrics,
             flops=[count_jaxpr(t.jaxpr.jaxpr).total * s.steps for t, s in zip(traced, plan)],
+            trained=[count_params(state, t) for t in trains],
+            points=points or {},
             signals=signals,
         )  # fmt: skip
         try:
@@ -189,6 +195,8 @@ class _Run:
     eval_step: Callable
     metrics: Any
     flops: list[int]
+    trained: list[int]
+    points: Mapping[str, OperatingPoint]
     signals: _Signals
     unread: tuple | None = None
 
@@ -207,15 +215,25 @@ class _Run:
             val = self.evaluate(self.feeds.validation(), stage.op)
             seconds = round(time.monotonic() - began, 2)
             flops = self.flops[position.stage]
-            report = {"name": stage.name, "steps": stage.steps, "seconds": seconds, "flops": flops, "val": val}
+            report = {
+                "name": stage.name,
+                "steps": stage.steps,
+                "seconds": seconds,
+                "flops": flops,
+                "params": self.trained[position.stage],
+                "point": next((n for n, op in self.points.items() if op.asks_as(stage.op)), None),
+                "val": val,
+            }
             self.write_validation(val)
             self.monitor.say(f"stage {stage.name}: validation {self.metrics.headline(val)}  in {clock(seconds)}")
             position.stages.append(report)
             position.stage, position.step_in_stage, position.stage_seconds = position.stage + 1, 0, 0.0
             self.save()
         seconds = position.seconds
-        # Test runs once, on what the last stage ended with.
-        test = self.evaluate(self.feeds.test(), self.plan[-1].op)
+        # Only now is the test split read, once per operating point; nothing is chosen by it.
+        test = self.evaluate(self.feeds.test(), self.plan[-1].op, full=True)
+        at = {op: test for op in self.points.values() if op == self.plan[-1].op}
+        points = {name: at.get(op) or self.evaluate(self.feeds.test(), op) for name, op in self.points.items()}
         return {
             "params": count_params(self.state),
             "train_flops": sum(self.flops),
@@ -223,6 +241,8 @@ class _Run:
             "seconds": round(seconds, 2),
             "stages": position.stages,
             "test": test,
+            "points": points,
+            "variables": fetch({"params": self.state.params, "batch_stats": self.state.stats}),
         }
 
     def one_stage(self, stage: Stage, began: float) -> None:
@@ -278,13 +298,13 @@ class _Run:
     def write_validation(self, figures: dict) -> None:
         self.monitor.write(self.position.step, {f"val/{k}": v for k, v in self.metrics.scalars(figures).items()})
 
-    def evaluate(self, batches: Iterator[Batch], op) -> dict:
+    def evaluate(self, batches: Iterator[Batch], op: OperatingPoint, full: bool = False) -> dict:
         sums = None
         for batch in batches:
             new = self.eval_step(self.state.params, self.state.stats, to_device(batch, self.mesh), op=op)
             sums = new if sums is None else _add(sums, new)
             self.leave_if_asked()
-        return self.metrics.compute(fetch(sums))
+        return self.metrics.compute(fetch(sums), full)
 
     def save(self) -> None:
         self.position.seconds = time.monotonic() - self.began

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -112,6 +113,7 @@ def needed_paths(model, op: OperatingPoint, inputs) -> frozenset[str]:
     return frozenset(p for p, v in zip(sorted(flat), jaxpr.outvars) if not isinstance(v, Literal) and v in depends)
 
 
-def count_params(state: TrainState) -> int:
-    """Number of parameters, batch statistics not counted."""
-    return sum(x.size for x in jax.tree.leaves(state.params))
+def count_params(state: TrainState, paths: Iterable[str] | None = None) -> int:
+    """Number of parameters (of those at `paths`, if given), batch statistics not counted."""
+    flat = flatten_dict(state.params, sep="/")
+    return sum(flat[path].size for path in (flat if paths is None else paths))
