@@ -1,4 +1,4 @@
-"""What all experiments share: workdir, config record, summary, table."""
+"""What all experiments share: workdir, config record, training, summary, table, report."""
 
 from __future__ import annotations
 
@@ -9,17 +9,26 @@ import pathlib
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
 import mgjax
+from experiments import report
+from mgjax import config as cfg
 from mgjax.config import override, to_dict
+from mgjax.cost import forward_cost
+from mgjax.data import Augment, Dataset, Subset, eval_batches, train_batches
+from mgjax.decode import decode, task_log_probs
 from mgjax.errors import InputError
+from mgjax.metrics import ClassificationMetrics
+from mgjax.objective import Objective
+from mgjax.train import Feeds, Stage, fit
 from mgjax.train.monitor import accelerator_hint, clock, hardware, write_json
 
 flags.DEFINE_string("workdir", None, "folder of the run; the same one continues it (default: a fresh one under runs/)")
@@ -30,6 +39,7 @@ FREE = tuple(
     f"config.{k}"
     for k in ("data.dir", "data.cache_gb", "checkpoint.every", "checkpoint.keep", "log.every", "log.validate_every")
 )
+EXAMPLES = 12  # that the report shows
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -41,7 +51,7 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
         base: config with defaults.
         given: keys of the command line.
         resolve: (name of the backend, given) → (values of preset and recipe, what to say).
-        train: (config, workdir, meta) → (facts for the summary).
+        train: (config, workdir, meta) → (facts for the summary, examples for the report).
 
     Returns:
         The summary that was written to `summary.json`.
@@ -75,12 +85,12 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
         write_json(record_path, meta)
     if summary_path.exists():
         print("this run is complete; its summary is shown again")
-        summary = json.loads(summary_path.read_text())
+        summary, examples = json.loads(summary_path.read_text()), []
     else:
         try:
-            facts = train(config, workdir, meta)
+            facts, examples = train(config, workdir, meta)
         except KeyboardInterrupt:
-            print("stopped before training began", flush=True)
+            print(f"stopped; the same command with --workdir={workdir} continues", flush=True)
             raise SystemExit(130) from None
         except InputError:
             if fresh and {p.name for p in workdir.iterdir()} == {record_path.name}:  # nothing was begun
@@ -99,9 +109,118 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
             **facts,
         }
         write_json(summary_path, summary)
+    if not examples and not (workdir / "report.html").exists():
+        print("its report was not written; it is made now, without examples")
+    if examples or not (workdir / "report.html").exists():
+        try:
+            report.write(workdir, summary, examples)
+        except InputError as error:  # a library for plots that is not there costs no result
+            print(f"no report: {error}")
     show(summary)
     print(f"summary: {summary_path}")
+    if (workdir / "report.html").exists():
+        print(f"report: {workdir / 'report.html'}")
     return summary
+
+
+def train_model(config: Any, data: Dataset, model, plan: Sequence[Stage], points: Mapping, workdir: pathlib.Path, meta: dict):
+    """Trains a model on a dataset by plan, tests it, and measures what it costs.
+
+    Args:
+        config: has seed, smoothing, augment, plan.eval_batch_size, optim, checkpoint and log.
+        points: name → operating point whose cost and test figures are reported.
+        meta: of the run, for its checkpoints.
+
+    Returns:
+        (facts for the summary, examples for the report)
+    """
+    print(
+        f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test "
+        f"images {data.image_shape}; levels {', '.join(f'{l} ({data.taxonomy.size(l)})' for l in data.taxonomy.levels)}"
+    )
+    process = dict(process=jax.process_index(), processes=jax.process_count())
+    evaluated = lambda split: eval_batches(split, data.taxonomy, batch_size=config.plan.eval_batch_size, **process)
+    feeds = Feeds(
+        train=lambda stage, seen, steps: train_batches(
+            data.train,
+            data.taxonomy,
+            batch_size=stage.batch_size,
+            seed=config.seed,
+            examples_seen=seen,
+            steps=steps,
+            **process,
+        ),
+        validation=lambda: evaluated(data.validation),
+        test=lambda: evaluated(data.test),
+        eval_batch_size=config.plan.eval_batch_size,
+    )
+    augment = Augment.from_config(config.augment, data.mean, data.std, data.image_shape)
+    if augment.mixup or augment.cutmix:
+        for stage in plan:  # pairs that lie across two devices would have to travel
+            if stage.augment and stage.batch_size % (2 * jax.device_count()):
+                raise InputError(
+                    f"stage '{stage.name}': mixing needs an even number of rows on each of {jax.device_count()} devices; "
+                    f"a batch of {stage.batch_size} has not: --config.plan.batch_size"
+                )
+    facts = fit(
+        model=model,
+        objective=Objective(model.tasks, model.heads, smoothing=config.smoothing),
+        metrics=ClassificationMetrics(data.taxonomy, model.tasks, model.heads),
+        augment=augment,
+        plan=plan,
+        feeds=feeds,
+        seed=config.seed,
+        workdir=workdir,
+        meta=meta | {"taxonomy": data.taxonomy.fingerprint},
+        free=FREE,
+        points=points,
+        optim=config.optim,
+        checkpoint=config.checkpoint,
+        log=config.log,
+    )
+    variables = facts.pop("variables")
+    chosen = np.random.default_rng(0).permutation(len(data.test))[:EXAMPLES]
+    batch = next(eval_batches(Subset(data.test, chosen, data.test.name), data.taxonomy, batch_size=len(chosen)))
+    normalised = augment.normalise(batch)
+    facts["points"] = [
+        {
+            "name": name,
+            "granularities": list(points[name].active),
+            "tasks": list(points[name].tasks),
+            **forward_cost(model, variables, jax.tree.map(lambda x: x[:1], normalised.inputs), points[name])._asdict(),
+            "accuracy": {level: v["accuracy"] for level, v in figures["levels"].items()},
+        }
+        for name, figures in facts["points"].items()
+    ]
+    return facts, _examples(model, variables, batch.replace(index=chosen), normalised, plan[-1].op, data.taxonomy)
+
+
+def _examples(model, variables, batch, normalised, op, taxonomy) -> list[report.Example]:
+    """What the trained model says of the images of one batch."""
+    outputs = jax.jit(lambda v, x: model.apply(v, x, op, train=False))(variables, normalised.inputs)
+    said = task_log_probs(outputs, model.heads, model.tasks)
+    path = jax.device_get(decode({t.level: said[t.name] for t in model.tasks if t.name in said}, taxonomy))
+    level_names = {level: taxonomy.names[taxonomy.index(level)] for level in path.labels}
+    return [
+        report.Example(
+            image=batch.inputs["image"][i],
+            index=int(batch.index[i]),
+            truth={l: names[batch.targets[l][i]] if batch.targets[l][i] >= 0 else None for l, names in level_names.items()},
+            answer={l: names[path.labels[l][i]] for l, names in level_names.items()},
+            probability={l: float(np.exp(path.log_probs[l][i, path.labels[l][i]])) for l in level_names},
+        )
+        for i in np.flatnonzero(batch.mask)
+    ]
+
+
+def main(name: str, base: Any, resolve: Callable, train: Callable, recipes: Iterable[Mapping]) -> None:
+    """The command line of an experiment; see `run`.
+
+    Args:
+        recipes: values of keys that presets, sizes and datasets may set; `--help` marks the keys.
+    """
+    notes = {dotted: "; preset, size and dataset may set another default" for recipe in recipes for dotted in recipe}
+    cfg.run(lambda given: run(name, base, given, resolve, train), base, notes)
 
 
 def check_same(old: dict, new: dict, workdir: pathlib.Path) -> None:
@@ -121,9 +240,10 @@ def show(summary: dict) -> None:
     for column in ("level", "accuracy", "raw", "top-5", "precision", "recall", "F1", "ECE"):
         table.add_column(column, justify="left" if column == "level" else "right")
     for level, v in test["levels"].items():
-        shares = (v[k] for k in ("accuracy", "raw_accuracy", "top5", "precision", "recall", "f1"))
-        table.add_row(level, *(f"{s:.2%}" for s in shares), f"{v['ece']:.4f}")
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+        shares = (v.get(k) for k in ("accuracy", "raw_accuracy", "top5", "precision", "recall", "f1"))
+        # A level that no head answers has no raw figures.
+        table.add_row(level, *("–" if s is None else f"{s:.2%}" for s in shares), f"{v['ece']:.4f}")
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100)
     console.print(table)
     decoders = ", ".join(
         f"{m.replace('_', '-')} {v['full_path_accuracy']:.2%} ({'/'.join(f'{a:.2%}' for a in v['accuracy'].values())})"

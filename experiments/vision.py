@@ -3,45 +3,76 @@
 * `taps`: one trunk, tapped at one depth per level; the coarser, the shallower.
 * `branches`: one branch per level, each with its own view; the coarser, the lower the resolution.
 * `ensemble`: submodels of one kind that each answer every level; their probabilities are averaged.
+* `flat`: the finest level alone; a baseline. Its coarser answers are the finest one's ancestors.
+* `separate`: one model per level, which share nothing; a baseline.
 * `linear`: a linear classifier of the pixels per level; a yardstick.
+
+A baseline can be made as large as another form: `model.match`. An experiment adds forms of its own
+to the table and takes the rest from here: `VisionConfig`, `build_model`, `build_plan`, `points_of`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from mgjax.branches import MLP, ResNet, SeparableNet
-from mgjax.branches.resnet import DOWNSAMPLES, NAMED, STEMS
+from mgjax.branches import MLP, NAMED_BRANCHES, Branch, ConvNet, ResNet, SeparableNet, ViT
+from mgjax.branches.base import scale_width
+from mgjax.branches.resnet import DOWNSAMPLES, STEMS
 from mgjax.config import ConfigError, key
-from mgjax.fusion import ConcatFusion
-from mgjax.granularity import FUSED, Granularity, Head, Identity, OperatingPoint, Resize, Task
+from mgjax.data import AugmentConfig, DataConfig, Dataset
+from mgjax.fusion import FUSIONS, Fusion
+from mgjax.granularity import (
+    DENOISERS,
+    FUSED,
+    Compose,
+    Denoise,
+    Granularity,
+    Head,
+    Identity,
+    OperatingPoint,
+    Resize,
+    Task,
+)
+from mgjax.layers import ACTIVATIONS, activation
 from mgjax.layers.norm import NORMS
 from mgjax.model import MultiGranularityModel
 from mgjax.taxonomy import Taxonomy
-from mgjax.train import Stage, coarse_to_fine
+from mgjax.train import CheckpointConfig, LogConfig, OptimConfig, Stage, coarse_to_fine
+from mgjax.views import scaled
 
-FORMS = ("taps", "branches", "ensemble", "linear")
-BRANCHES = (*NAMED, "resnet", "separable", "mlp")
+BRANCHES = (*NAMED_BRANCHES, "resnet", "conv", "separable", "mlp")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    branch: str = key("resnet18", "what extracts features; a number gives the published blocks and widths", choices=BRANCHES)
+    branch: str = key(
+        "resnet18", "what extracts features; one with a number has the published blocks and widths", choices=BRANCHES
+    )
     stem: str = key("imagenet", "of residual networks", choices=tuple(STEMS))
-    widths: tuple[int, ...] = key((64, 128, 256), "channels per stage of resnet and separable, units per layer of mlp", low=1)
-    blocks: tuple[int, ...] = key((1, 1, 1), "blocks per stage of resnet and separable", low=1)
-    downsample: str = key("stride", "how resnet halves its maps", choices=DOWNSAMPLES)
-    norm: str = key("batch", "normalisation", choices=NORMS)
+    widths: tuple[int, ...] = key(
+        (64, 128, 256), "channels per stage of resnet, conv and separable, units per layer of mlp", low=1
+    )
+    blocks: tuple[int, ...] = key((1, 1, 1), "blocks per stage of resnet, conv and separable", low=1)
+    width: float = key(1.0, "factor on all numbers of channels", low=0.01)
+    match: str = key("", "preset whose number of parameters is met by another width (empty: none)")
+    downsample: str = key("stride", "how residual networks halve their maps", choices=DOWNSAMPLES)
+    patch: int = key(16, "side of a vision transformer's patches, in pixels", low=1)
+    norm: str = key("batch", "normalisation of what has no norm of its own", choices=NORMS)
+    activation: str = key("auto", "of the branches; auto is what was published", choices=("auto", *ACTIVATIONS))
     dtype: str = key("float32", "of the computation; parameters and losses are float32", choices=tuple(DTYPES))
-    fusion_width: int = key(256, "of the fused vector, where a form has a fusion", low=1)
+    fusion: str = key("concat", "of the granularities, where a form has a fusion", choices=tuple(FUSIONS))
+    fusion_width: int = key(256, "of the fused vector", low=1)
     members: int = key(2, "submodels of an ensemble", low=1)
     view_scale: float = key(1.0, "resolution to which every view is reduced, and then brought back", low=0.01, high=1)
+    denoise: str = key("none", "what takes the noise from every view", choices=("none", *DENOISERS))
     dropout: float = key(0.0, "of the inputs of the heads", low=0, high=0.99)
 
 
@@ -57,47 +88,123 @@ class PlanConfig:
     max_steps: int = key(0, "end each stage after so many steps, for a quick look (0: no limit)", low=0)
 
 
-def build_model(config: ModelConfig, form: str, taxonomy: Taxonomy, image_shape: Sequence[int]) -> MultiGranularityModel:
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """What every experiment on images can be told."""
+
+    preset: str = key("auto", "how granularities are composed")
+    size: str = key("auto", "of the model; auto goes by the device", choices=("auto", "cpu", "gpu"))
+    seed: int = key(0, "of initialisation, order and augmentation")
+    smoothing: float = key(0.1, "label smoothing", low=0, high=0.99)
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    plan: PlanConfig = PlanConfig()
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+class Form(NamedTuple):
+    """What a form declares.
+
+    Attributes:
+        granularities, heads, branches, fusion: of the model.
+    """
+
+    granularities: list[Granularity]
+    heads: list[Head]
+    branches: dict[str, Branch]
+    fusion: Fusion | None = None
+
+
+def taps(config: ModelConfig, levels: Sequence[str], shape: Sequence[int]) -> Form:
+    trunk = branch_of(config, shape)
+    granularities = [Granularity(l, "trunk", tap, view_of(config)) for l, tap in zip(levels, taps_of(trunk, len(levels)))]
+    # Finer features help a coarse classifier if it does not shape them: Chang et al. 2021.
+    heads = [Head(l, {l: "grad"} | {finer: "stop" for finer in levels[i + 1 :]}) for i, l in enumerate(levels)]
+    return Form(granularities, heads, {"trunk": trunk})
+
+
+def branches(config: ModelConfig, levels: Sequence[str], shape: Sequence[int]) -> Form:
+    scales = [2.0 ** (i + 1 - len(levels)) for i in range(len(levels))]
+    made = {l: branch_of(config, shape, s) for l, s in zip(levels, scales)}
+    granularities = [Granularity(l, l, deepest(made[l]), view_of(config, s)) for l, s in zip(levels, scales)]
+    heads = [Head(l, {l: "grad", FUSED: "stop"}) for l in levels[:-1]] + [Head(levels[-1], {FUSED: "grad"})]
+    return Form(granularities, heads, made, fusion_of(config))
+
+
+def ensemble(config: ModelConfig, levels: Sequence[str], shape: Sequence[int]) -> Form:
+    members = [f"member{i + 1}" for i in range(config.members)]
+    made = {m: branch_of(config, shape) for m in members}
+    granularities = [Granularity(m, m, deepest(made[m]), view_of(config)) for m in members]
+    return Form(granularities, [Head(l, {m: "grad"}, f"{l}_{m}") for m in members for l in levels], made)
+
+
+def separate(config: ModelConfig, levels: Sequence[str], shape: Sequence[int]) -> Form:
+    made = {l: branch_of(config, shape) for l in levels}
+    granularities = [Granularity(l, l, deepest(made[l]), view_of(config)) for l in levels]
+    return Form(granularities, [Head(l, {l: "grad"}) for l in levels], made)
+
+
+def flat(config: ModelConfig, levels: Sequence[str], shape: Sequence[int]) -> Form:
+    return separate(config, levels[-1:], shape)
+
+
+def linear(config: ModelConfig, levels: Sequence[str], shape: Sequence[int]) -> Form:
+    pixels = Granularity("pixels", "pixels", "input", view_of(config))
+    heads = [Head(l, {"pixels": "grad"}) for l in levels]
+    return Form([pixels], heads, {"pixels": MLP(math.prod(shape), ())})
+
+
+FORMS: dict[str, Callable[..., Form]] = {f.__name__: f for f in (taps, branches, ensemble, flat, separate, linear)}
+
+
+def build_model(
+    config: ModelConfig, form: str, taxonomy: Taxonomy, image_shape: Sequence[int], forms: Mapping = FORMS
+) -> MultiGranularityModel:
     """Declares and composes the model of a form.
+
+    Where `config.match` names another form, all channels are scaled so that both have about the
+    same number of parameters.
 
     Raises:
         InputError: an unknown form, or numbers that make no branch.
     """
-    levels = taxonomy.levels
-    tasks = [Task(level, level, taxonomy.size(level), level) for level in levels]
-    full = _view(1.0, config.view_scale)
-    fusion = None
-    if form == "taps":
-        branches = {"trunk": _branch(config, image_shape)}
-        taps = list(branches["trunk"].feature_info)[-len(levels) :]
-        taps = [taps[0]] * (len(levels) - len(taps)) + taps
-        granularities = [Granularity(level, "trunk", tap, full) for level, tap in zip(levels, taps)]
-        # Finer features help a coarse classifier if it does not shape them: Chang et al. 2021.
-        heads = [Head(l, {l: "grad"} | {finer: "stop" for finer in levels[i + 1 :]}) for i, l in enumerate(levels)]
-    elif form == "branches":
-        scales = [2.0 ** (i + 1 - len(levels)) for i in range(len(levels))]
-        branches = {l: _branch(config, image_shape, s) for l, s in zip(levels, scales)}
-        granularities = [
-            Granularity(l, l, list(branches[l].feature_info)[-1], _view(s, config.view_scale)) for l, s in zip(levels, scales)
-        ]
-        fusion = ConcatFusion(config.fusion_width, dtype=DTYPES[config.dtype])
-        heads = [Head(l, {l: "grad", FUSED: "stop"}) for l in levels[:-1]] + [Head(levels[-1], {FUSED: "grad"})]
-    elif form == "ensemble":
-        members = [f"member{i + 1}" for i in range(config.members)]
-        branches = {m: _branch(config, image_shape) for m in members}
-        granularities = [Granularity(m, m, list(branches[m].feature_info)[-1], full) for m in members]
-        heads = [Head(l, {m: "grad"}, f"{l}_{m}") for m in members for l in levels]
-    elif form == "linear":
-        branches = {"pixels": MLP(math.prod(image_shape), ())}
-        granularities = [Granularity("pixels", "pixels", "input", full)]
-        heads = [Head(l, {"pixels": "grad"}) for l in levels]
-    else:
-        raise ConfigError(f"no preset '{form}'; there are {', '.join(FORMS)}")
-    return MultiGranularityModel(granularities, tasks, heads, branches, fusion, config.dropout)
+    for name in (form, config.match or form):
+        if name not in forms:
+            raise ConfigError(f"no preset '{name}'; there are {', '.join(forms)}")
+
+    def build(form: str, width: float) -> MultiGranularityModel:
+        made = forms[form](dataclasses.replace(config, width=width), taxonomy.levels, image_shape)
+        answered = {h.task for h in made.heads}
+        tasks = [Task(l, l, taxonomy.size(l), l) for l in taxonomy.levels if l in answered]
+        return MultiGranularityModel(made.granularities, tasks, made.heads, made.branches, made.fusion, config.dropout)
+
+    if config.match in ("", form):
+        return build(form, config.width)
+    image = {"image": jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)}
+    wanted = _count(build(config.match, config.width), image)
+    sizes = {}
+    width = config.width
+    for _ in range(6):  # parameters grow about as the square of the width
+        sizes[width] = _count(build(form, width), image)
+        width *= (wanted / sizes[width]) ** 0.5
+    width = min(sizes, key=lambda w: abs(sizes[w] - wanted))
+    print(f"{form}: {sizes[width]:,} parameters, to meet the {wanted:,} of {config.match}")
+    return build(form, width)
 
 
-def build_plan(config: PlanConfig, model: MultiGranularityModel, form: str, examples: int) -> tuple[Stage, ...]:
+def build_plan(config: PlanConfig, model: MultiGranularityModel, examples: int, alike: int = 1) -> tuple[Stage, ...]:
     """Coarse to fine, then jointly: one stage per granularity, then all of them.
+
+    Where there is one granularity, or every head has a branch of its own and nothing is fused, there
+    is nothing to stage: all train side by side, for as many epochs as the single stages of `alike`
+    granularities have.
+
+    Args:
+        examples: in an epoch.
+        alike: granularities of the staged model that a baseline is compared with.
 
     Raises:
         ConfigError: no epochs or resolution; a lower resolution for a branch of fixed input size.
@@ -107,23 +214,45 @@ def build_plan(config: PlanConfig, model: MultiGranularityModel, form: str, exam
         count = max(1, round(epochs * examples / config.batch_size)) if epochs > 0 else 0
         return min(count, config.max_steps) if config.max_steps else count
 
-    names = [g.name for g in model.granularities]
-    all_tasks = model.everything.tasks
-    alone = []
-    for i, name in enumerate(names if len(names) > 1 else []):
-        # Where a granularity is a level, it alone is asked for; a member of an ensemble answers all.
-        tasks = (name,) if form in ("taps", "branches") else all_tasks
-        resolution = _at(config.resolution, i)
-        if resolution != 1 and any(isinstance(b, MLP) for b in model.branches.values()):
-            raise ConfigError("an MLP sees inputs of one size alone: set --config.plan.resolution=1")
-        alone.append((name, OperatingPoint((name,), tasks, resolution)))
+    alone = [(g.name, single(model, g.name)) for g in model.granularities]
+    epochs = [_at(config.alone, i) for i in range(len(alone))]
+    if not model.fusion and (len(alone) == 1 or len(model.branches) == len(model.heads)):
+        alone, epochs = [("early", model.everything)], [sum(_at(config.alone, i) for i in range(alike))]
+    resolution = [_at(config.resolution, i) for i in range(len(alone))]
+    if any(r != 1 for r in resolution) and any(isinstance(b, MLP) for b in model.branches.values()):
+        raise ConfigError("an MLP sees inputs of one size alone: set --config.plan.resolution=1")
     return coarse_to_fine(
-        alone,
+        [(name, dataclasses.replace(op, resolution=r)) for (name, op), r in zip(alone, resolution)],
         model.everything,
-        steps_alone=[steps(_at(config.alone, i)) for i in range(len(alone))],
+        steps_alone=[steps(e) for e in epochs],
         steps_together=max(1, steps(config.joint)),
         batch_size=config.batch_size,
     )
+
+
+def single(model: MultiGranularityModel, granularity: str) -> OperatingPoint:
+    """One granularity, and the tasks of the heads that learn from it, or else from the fusion."""
+    for source in (granularity, FUSED):
+        if tasks := {h.task for h in model.heads if (source, "grad") in h.reads}:
+            break
+    return OperatingPoint((granularity,), tuple(tasks))
+
+
+def points_of(model: MultiGranularityModel) -> dict[str, OperatingPoint]:
+    """Each granularity alone, then all together, at full resolution."""
+    alone = {g.name: single(model, g.name) for g in model.granularities} if len(model.granularities) > 1 else {}
+    return alone | {"all": model.everything}
+
+
+def seen_shape(config: VisionConfig, data: Dataset) -> tuple[int, int, int]:
+    """(height, width, channels) of what the augmentation hands to the model."""
+    side = config.augment.size
+    return (side, side, data.image_shape[2]) if side else data.image_shape
+
+
+def _count(model: MultiGranularityModel, inputs: Mapping) -> int:
+    init = lambda x: model.init(jax.random.key(0), x, model.everything, train=False)
+    return sum(p.size for p in jax.tree.leaves(jax.eval_shape(init, inputs)["params"]))
 
 
 def _at(values: tuple, i: int) -> Any:
@@ -132,31 +261,67 @@ def _at(values: tuple, i: int) -> Any:
     return values[min(i, len(values) - 1)]
 
 
-def _view(scale: float, detail: float):
-    """The image at `scale` times its size, with no more than `detail` times its resolution."""
-    return Identity() if scale == detail == 1 else Resize(scale, min(scale, detail))
+def view_of(config: ModelConfig, scale: float = 1.0):
+    """The image, denoised if asked for, at `scale` times its size, of no more than `view_scale` times its resolution."""
+    detail = min(scale, config.view_scale)
+    size = Identity() if scale == detail == 1 else Resize(scale, detail)
+    return size if config.denoise == "none" else Compose((Denoise(config.denoise), size))
 
 
-def _branch(config: ModelConfig, image_shape: Sequence[int], scale: float = 1.0):
+def fusion_of(config: ModelConfig) -> Fusion:
+    """The fusion of a config."""
+    return FUSIONS[config.fusion](config.fusion_width, dtype=DTYPES[config.dtype])
+
+
+def deepest(branch: Branch) -> str:
+    """The last tap."""
+    return list(branch.feature_info)[-1]
+
+
+def taps_of(branch: Branch, count: int) -> list[str]:
+    """`count` taps, the shallower for the coarser: the last ones, or spread evenly where all are of one size."""
+    taps = list(branch.feature_info)
+    if len(set(branch.feature_info.values())) == 1:
+        return [taps[max(0, round((i + 1) * len(taps) / count) - 1)] for i in range(count)]
+    return [taps[max(0, len(taps) - count + i)] for i in range(count)]
+
+
+def branch_of(config: ModelConfig, image_shape: Sequence[int], scale: float = 1.0) -> Branch:
     """The branch of a config, with as many stages as a view of that scale has pixels for."""
-    if config.branch in ("resnet", "separable") and len(config.blocks) != len(config.widths):
-        raise ConfigError(f"a width per stage is needed: model.blocks {config.blocks}, model.widths {config.widths}")
-    side = round(min(image_shape[:2]) * scale)
-    common = dict(norm=config.norm, dtype=DTYPES[config.dtype])
-    if config.branch == "mlp":
-        size = round(image_shape[0] * scale) * round(image_shape[1] * scale) * image_shape[2]
-        return MLP(size, config.widths, **common)
-    if config.branch == "separable":
-        make = lambda n: SeparableNet(config.widths[:n], config.blocks[:n], **common)
-        count = len(config.widths)
-    elif config.branch == "resnet":
-        options = dict(stem=config.stem, stem_width=config.widths[0], downsample=config.downsample)
-        make = lambda n: ResNet(config.blocks[:n], config.widths[:n], **options, **common)
-        count = len(config.widths)
+    if config.branch in ("resnet", "conv", "separable") and len(config.blocks) != len(config.widths):
+        raise ConfigError(
+            f"a width per stage is needed: --config.model.blocks has {config.blocks}, --config.model.widths {config.widths}"
+        )
+    height, width = (scaled(side, scale) for side in image_shape[:2])
+    side = min(height, width)
+    common: dict[str, Any] = dict(dtype=DTYPES[config.dtype])
+    if config.activation != "auto":
+        common["activation"] = activation(config.activation)
+    published = NAMED_BRANCHES.get(config.branch)
+    if config.norm != "batch" and config.branch.startswith(("vgg", "vit")):
+        raise ConfigError(f"'{config.branch}' has the norm that it was published with, not model.norm={config.norm}")
+    if published and isinstance(branch := published(width=config.width, **common), ViT):
+        patch = config.patch if branch.stem == "patch" else 1
+        branch = branch.clone(patch=patch, image_size=(height, width))
+        if (reduction := branch.feature_info["final"].reduction) * 2 > side:
+            raise ConfigError(f"patches of {reduction} pixels are too large for views of {height}×{width}: set model.patch")
+        return branch
+    if published:
+        if isinstance(branch, ResNet):
+            branch = branch.clone(stem=config.stem, downsample=config.downsample, norm=config.norm)
+        blocks, widths, make = branch.blocks, branch.widths, branch.clone
     else:
-        whole = ResNet.named(config.branch, stem=config.stem, downsample=config.downsample, **common)
-        make = lambda n: whole.clone(blocks=whole.blocks[:n], widths=whole.widths[:n])
-        count = len(whole.widths)
+        common["norm"] = config.norm
+        blocks, widths = config.blocks, tuple(scale_width(w, config.width, 4) for w in config.widths)
+        if config.branch == "mlp":
+            return MLP(height * width * image_shape[2], widths, **common)
+        if config.branch == "resnet":
+            common |= dict(stem=config.stem, stem_width=widths[0], downsample=config.downsample)
+        elif config.branch == "conv":
+            common["stem"] = "patch" if config.stem == "patch" else "none"
+        kind = {"resnet": ResNet, "conv": ConvNet, "separable": SeparableNet}[config.branch]
+        make = functools.partial(kind, **common)
     # A map narrower than two pixels tells nothing that its mean does not.
-    fits = [n for n in range(1, count + 1) if list(make(n).feature_info.values())[-1].reduction * 2 <= side]
-    return make(max(fits, default=1))
+    cut = lambda n: make(blocks=blocks[:n], widths=widths[:n])
+    fits = [n for n in range(1, len(widths) + 1) if cut(n).feature_info[deepest(cut(n))].reduction * 2 <= side]
+    return cut(max(fits, default=1))

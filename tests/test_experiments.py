@@ -9,18 +9,21 @@ import subprocess
 import sys
 import time
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, imagenet_mg
-from experiments.vision import FORMS, build_model, build_plan
+from experiments import common, digits_mg, imagenet_mg
+from experiments.vision import FORMS, build_model, build_plan, points_of
 from mgjax import Taxonomy
 from mgjax import config as cfg
+from mgjax.branches import NAMED_BRANCHES
 from mgjax.config import ConfigError
 from mgjax.data import procedural
 from mgjax.errors import InputError
+from mgjax.taxonomy import wordnet
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CIFAR = Taxonomy.from_names(
@@ -35,6 +38,10 @@ DATASETS = {
 }
 
 
+# Classes of ILSVRC-2012: synsets of the table that are nobody's parent.
+WNIDS = set(wordnet.read_table()) - {s.parent for s in wordnet.read_table().values()}
+
+
 def configured(**given):
     chosen, _ = imagenet_mg.resolve("cpu", given)
     return cfg.override(imagenet_mg.Config(), chosen | given)
@@ -47,9 +54,9 @@ def test_every_preset_as_it_is_under_eval_shape(dataset, form, size):
     config = configured(**{"preset": form, "size": size, "data.source": dataset})
     tree, shape = DATASETS[dataset]
     model = build_model(config.model, form, tree, shape)
-    plan = build_plan(config.plan, model, form, 1000)
+    plan = build_plan(config.plan, model, 1000)
     assert plan[-1].name == "joint"
-    for op in {s.op for s in plan}:
+    for op in {s.op for s in plan} | set(points_of(model).values()):
         image = jax.ShapeDtypeStruct((4, *shape), jnp.float32)
         outputs = jax.eval_shape(
             lambda x, op=op: model.init_with_output(jax.random.key(0), {"image": x}, op, train=False)[0], image
@@ -59,7 +66,24 @@ def test_every_preset_as_it_is_under_eval_shape(dataset, form, size):
         }
 
 
-@pytest.mark.parametrize("branch", ["resnet18", "separable", "mlp"])
+@pytest.mark.parametrize("form", ["flat", "separate"])
+@pytest.mark.parametrize("dataset", ["procedural", "tfds:cifar100"])
+def test_baselines_have_as_many_parameters_as_what_they_are_compared_with(dataset, form):
+    tree, shape = DATASETS[dataset]
+    image = {"image": jax.ShapeDtypeStruct((1, *shape), jnp.float32)}
+    counts, steps = [], []
+    for preset in ("taps", form):
+        config = configured(**{"preset": preset, "data.source": dataset})
+        model = build_model(config.model, preset, tree, shape)
+        made = jax.eval_shape(lambda x, m=model: m.init(jax.random.key(0), x, m.everything, train=False), image)
+        counts.append(sum(p.size for p in jax.tree.leaves(made["params"])))
+        plan = build_plan(config.plan, model, 50_000, alike=len(tree.levels))
+        steps.append(sum(s.steps for s in plan))
+    assert abs(counts[1] / counts[0] - 1) < 0.05, counts
+    assert abs(steps[1] - steps[0]) <= 3, "both see as many examples"
+
+
+@pytest.mark.parametrize("branch", ["resnet18", "separable", "mlp", "conv"])
 @pytest.mark.parametrize("dataset", ["procedural", "tfds:cifar100"])
 def test_other_branches_fit_every_form(dataset, branch):
     tree, shape = DATASETS[dataset]
@@ -68,20 +92,33 @@ def test_other_branches_fit_every_form(dataset, branch):
         config = configured(**given | {"model.widths": (4, 8, 8), "model.blocks": (1, 1, 1), "preset": form})
         model = build_model(config.model, form, tree, shape)
         image = {"image": jax.ShapeDtypeStruct((2, *shape), jnp.float32)}
-        for stage in build_plan(config.plan, model, form, 1000):
+        for stage in build_plan(config.plan, model, 1000):
             made = jax.eval_shape(lambda x, m=model, op=stage.op: m.init(jax.random.key(0), x, op, train=False), image)
             assert {f"branches_{g.branch}" for g in model.granularities if g.name in stage.op.active} <= set(made["params"])
 
 
-def test_views_of_less_detail_are_seen_by_the_same_model():
+@pytest.mark.parametrize("branch", NAMED_BRANCHES)
+def test_every_published_branch_fits_small_images(branch):
+    given = {"model.branch": branch, "model.stem": "cifar", "model.patch": 8, "model.width": 0.125, "model.activation": "silu"}
+    config = configured(**given)
+    model = build_model(config.model, "taps", procedural.taxonomy(), (32, 32, 3))
+    image = {"image": jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)}
+    made = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, model.everything, train=False)[0], image)
+    assert {n: v.shape[1] for n, v in made.logits.items()} == {"form": 4, "part": 12, "texture": 36}
+    taps = [g.tap for g in model.granularities]
+    depth = list(model.branches["trunk"].feature_info)
+    assert [depth.index(t) for t in taps] == sorted({depth.index(t) for t in taps}), "the coarser, the shallower"
+
+
+def test_views_of_less_detail_or_noise_are_seen_by_the_same_model():
     sizes = []
-    for scale in (1.0, 0.25):
-        config = configured(**{"model.view_scale": scale})
+    for given in ({}, {"model.view_scale": 0.25}, {"model.denoise": "median"}):
+        config = configured(**given)
         model = build_model(config.model, "taps", procedural.taxonomy(), (32, 32, 3))
         image = {"image": jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)}
         variables = jax.eval_shape(lambda x, m=model: m.init(jax.random.key(0), x, m.everything, train=False), image)
         sizes.append(jax.tree.map(lambda p: p.shape, variables))
-    assert sizes[0] == sizes[1]
+    assert sizes[0] == sizes[1] == sizes[2]
 
 
 SHRUNK = {
@@ -99,17 +136,27 @@ def shrunk(tmp_path, **given):
     """Runs the experiment in this process, on 8 devices."""
     config = configured(**SHRUNK | given)
     meta = {"experiment": "imagenet_mg", "config": json.loads(json.dumps(cfg.to_dict(config)))}
-    return imagenet_mg.train(config, tmp_path, meta)
+    return imagenet_mg.train(config, tmp_path, meta)[0]
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_preset_shrunk_for_a_few_steps(form, tmp_path):
     facts = shrunk(tmp_path, preset=form)
-    stages = {"taps": 4, "branches": 4, "ensemble": 3, "linear": 1}[form]
+    stages = {"taps": 4, "branches": 4, "ensemble": 3, "flat": 2, "separate": 2, "linear": 1}[form]
     assert len(facts["stages"]) == stages and facts["steps"] == 2 * stages
     assert set(facts["test"]["levels"]) == {"form", "part", "texture"}
     assert facts["test"]["inconsistency"] == 0 and facts["test"]["examples"] == 96
     assert np.isfinite(json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+    common.show({"experiment": "imagenet_mg", "dataset": "procedural", **facts})
+    points = {p["name"]: p for p in facts["points"]}
+    assert set(points) == {"all"} | (set() if form in ("flat", "linear") else set(points["all"]["granularities"]))
+    for name, point in points.items():
+        assert point["params"] <= facts["params"] and point["flops"] > 0 and set(point["latency_ms"]) == {"1", "64"}, name
+    assert points["all"]["accuracy"] == {l: v["accuracy"] for l, v in facts["test"]["levels"].items()}
+    for level, figures in facts["test"]["levels"].items():
+        assert ("raw_accuracy" in figures) == (form != "flat" or level == "texture")
+        assert sum(figures["reliability"]["count"]) == 96
+    assert np.sum(facts["test"]["confusion"]["counts"]) == 96 and facts["test"]["confusion"]["level"] == "form"
 
 
 def test_single_stages_cost_less_than_the_joint_one(tmp_path):
@@ -123,6 +170,100 @@ def test_cifar100_shrunk(shared_data, tmp_path):
     assert set(facts["test"]["levels"]) == {"superclass", "class"}
 
 
+def small_images(folder):
+    """A folder of random JPEGs in ILSVRC's layout: 24 of its classes, two training images each."""
+    rng = np.random.default_rng(0)
+    for i, wnid in enumerate(sorted(w for w in wordnet.read_table() if w in WNIDS)[::42]):
+        for split, count in (("train", 2), ("val", 1)):
+            (folder / split / wnid).mkdir(parents=True)
+            for k in range(count):
+                image = rng.integers(0, 255, (40 + i, 60, 3)).astype(np.uint8)
+                cv2.imwrite(str(folder / split / wnid / f"{wnid}_{k}.JPEG"), image)
+    return folder
+
+
+def test_a_folder_of_photographs_shrunk(tmp_path):
+    """ILSVRC's layout, three levels of WordNet, the recipe for large images, mixing in the joint stage."""
+    given = {
+        "data.source": f"folder:{small_images(tmp_path / 'images')}",
+        "data.levels": ("groups:3", "groups:8", "class"),
+        "augment.cutmix": 1.0,
+        "augment.layers": 1,
+    }
+    facts = shrunk(tmp_path, **given)
+    assert list(facts["test"]["levels"]) == ["groups3", "groups8", "class"] and facts["test"]["examples"] == 24
+    assert [s["name"] for s in facts["stages"]] == ["groups3", "groups8", "class", "joint"]
+
+
+def test_real_photographs_shrunk(shared_data, tmp_path):
+    facts = shrunk(tmp_path, **{"data.source": f"folder:{shared_data / 'imagenet_sample'}"})
+    assert len(facts["test"]["levels"]) >= 3 and facts["test"]["inconsistency"] == 0
+
+
+def digits(**given):
+    chosen, _ = digits_mg.resolve("cpu", given)
+    return cfg.override(digits_mg.Config(), chosen | given)
+
+
+def test_digits_local_global_and_fused_have_equal_parameters():
+    image, counts, steps = {"image": jax.ShapeDtypeStruct((1, 28, 28, 3), jnp.float32)}, {}, {}
+    for preset in digits_mg.FORMS:
+        config = digits(preset=preset)
+        model = build_model(config.model, preset, FLAT, (28, 28, 3), digits_mg.FORMS)
+        made = jax.eval_shape(lambda x, m=model: m.init(jax.random.key(0), x, m.everything, train=False), image)
+        counts[preset] = sum(p.size for p in jax.tree.leaves(made["params"]))
+        steps[preset] = sum(s.steps for s in build_plan(config.plan, model, 54_000, alike=2))
+    assert max(counts.values()) / min(counts.values()) < 1.04, counts
+    assert max(steps.values()) - min(steps.values()) <= 3, steps
+
+
+@pytest.mark.parametrize("preset", digits_mg.FORMS)
+def test_digits_shrunk(preset, tmp_path):
+    small = {"model.widths": (8, 8, 8, 8), "model.fusion_width": 8, "data.limit": 200, "plan.max_steps": 2}
+    config = digits(preset=preset, **small | {"plan.batch_size": 16, "plan.eval_batch_size": 40})
+    assert config.data.source == "sklearn:digits"
+    facts, examples = digits_mg.train(config, tmp_path, {})
+    assert facts["test"]["examples"] == 200 and len(examples) == common.EXAMPLES
+    assert [s["name"] for s in facts["stages"]] == (["local", "global", "joint"] if preset == "fused" else ["early", "joint"])
+    assert set(examples[0].answer) == {"class"} and 0 < examples[0].probability["class"] <= 1
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"model.branch": "resnet18"}, "model.branch does not apply"),
+        ({"model.widths": (8, 8, 8)}, r"two numbers each or more, as many of both, not \(8, 8, 8\) and \(2, 1, 2, 1\)"),
+        ({"model.widths": (8,), "model.blocks": (1,)}, "two numbers each"),
+    ],
+)
+def test_digits_that_do_not_fit(given, says):
+    with pytest.raises(ConfigError, match=says):
+        build_model(digits(**given).model, "fused", FLAT, (28, 28, 3), digits_mg.FORMS)
+
+
+@pytest.mark.parametrize("branch", ["mlp", "vit_ti"])
+def test_odd_images_fit_what_branches_expect(branch):
+    given = {"preset": "branches", "model.branch": branch, "model.patch": 2, "model.width": 0.25, "model.blocks": (1, 1, 1)}
+    config = configured(**given | {"model.widths": (8, 8, 8)})
+    model = build_model(config.model, "branches", procedural.taxonomy(), (33, 25, 3))
+    image = {"image": jax.ShapeDtypeStruct((2, 33, 25, 3), jnp.float32)}
+    made = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, model.everything, train=False), image)
+    if branch == "vit_ti":  # the positions are learned for the size that is seen
+        assert made["params"]["branches_form"]["position"].shape[1] == 1 + 4 * 3
+
+
+def test_mixing_needs_pairs_on_every_device(tmp_path):
+    with pytest.raises(
+        InputError, match=r"stage 'form': mixing needs an even number of rows on each of 8 devices; a batch of 24"
+    ):
+        shrunk(tmp_path, **{"augment.mixup": 1.0, "plan.batch_size": 24})
+
+
+def test_digits_of_a_directory_are_mnist():
+    assert digits(**{"data.dir": "somewhere"}).data.source == "tfds:mnist"
+    assert digits(**{"data.source": "folder:x"}).data.source == "folder:x"
+
+
 @pytest.mark.parametrize(
     "given, says",
     [
@@ -134,45 +275,58 @@ def test_cifar100_shrunk(shared_data, tmp_path):
         ({"model.stem": "foo"}, "model.stem is 'foo'"),
         ({"model.downsample": "foo"}, "model.downsample is 'foo'"),
         ({"model.norm": "foo"}, "model.norm is 'foo'"),
-        ({"model.widths": (4, 8)}, r"a width per stage is needed: model.blocks \(1, 1, 1, 1\), model.widths \(4, 8\)"),
+        ({"model.blocks": (4, 8)}, r"a width per stage is needed: --config.model.blocks has \(4, 8\), --config.model.widths"),
         ({"plan.batch_size": 0}, "plan.batch_size is 0; it is at least 1"),
         ({"plan.eval_batch_size": 0}, "at least 1"),
         ({"checkpoint.every": 0}, "at least 1"),
         ({"log.every": 0}, "at least 1"),
         ({"optim.warmup": -0.5}, "optim.warmup is -0.5; it is at least 0 and at most 1"),
         ({"model.branch": "mlp", "plan.resolution": (0.5,)}, "plan.resolution=1"),
+        ({"model.branch": "vit_ti", "model.patch": 32}, "patches of 32 pixels are too large.*model.patch"),
+        ({"model.branch": "vgg11", "model.norm": "group"}, "'vgg11' has the norm that it was published with"),
+        ({"model.match": "tabs"}, "no preset 'tabs'"),
     ],
 )
 def test_configs_that_do_not_fit(given, says):
     with pytest.raises(InputError, match=says):
         config = configured(**given)
         model = build_model(config.model, config.preset, procedural.taxonomy(), (32, 32, 3))
-        build_plan(config.plan, model, config.preset, 100)
+        build_plan(config.plan, model, 100)
+
+
+def test_keys_that_belong_together_follow_the_one_that_is_given():
+    assert configured(**{"model.widths": (8, 16)}).model.blocks == (1, 1)
+    assert configured(**{"model.widths": (8, 16), "model.blocks": (2, 1)}).model.blocks == (2, 1)
+    folder = {"data.source": "folder:x"}
+    assert configured(**folder).augment.size == 64 and configured(**folder | {"data.image_size": 32}).augment.size == 28
+    assert configured(**folder | {"data.image_size": 32, "augment.size": 0}).augment.size == 0
 
 
 def test_the_command_line_comes_after_the_preset():
     assert configured(**{"model.stem": "cifar"}).model.stem == "cifar"
     assert configured().model.stem == "patch"
     with pytest.raises(ConfigError, match="nearest is --config.model.widths"):
-        cfg.override(imagenet_mg.Config(), {"model.width": 3})
+        cfg.override(imagenet_mg.Config(), {"model.witdhs": 3})
 
 
 # ---------------------------------------------------------------------- as a command
 
 
-def command(*arguments, **options):
+def command(*arguments, module="experiments.imagenet_mg", **options):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    line = [sys.executable, "-m", "experiments.imagenet_mg", *arguments]
+    line = [sys.executable, "-m", module, *arguments]
     return subprocess.Popen(
         line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
     )
 
 
-def finish(process, timeout=240):
+def finish(process, timeout=600):
     try:
         return process.communicate(timeout=timeout)[0], process.returncode
-    finally:
+    except BaseException:
         process.kill()
+        process.communicate()
+        raise
 
 
 SMALL = [f"--config.{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in SHRUNK.items()]
@@ -191,9 +345,10 @@ def test_help_lists_every_key_with_default_and_meaning():
     "arguments, says",
     [
         (["--config.optim.lr=1"], "error: unknown key --config.optim.lr; the nearest is --config.optim.learning_rate"),
-        (["--config.data.source=imagnet"], "error: no dataset 'imagnet': 'procedural' or 'tfds:NAME'"),
+        (["--config.data.source=imagnet"], "error: no dataset 'imagnet'"),
         (["--config.data.source=tfds:cifar100", "--config.data.dir=/no/such"], "error: tfds:cifar100: there is no directory"),
         (["--config.seed=x"], "error: flag --config.seed=x"),
+        (["--preset=flat"], "error: unknown key --preset; the nearest is --config.preset"),
         (["cifar100"], "error: unexpected argument 'cifar100'"),
         (["--workdir=/proc/x"], "error: workdir '/proc/x' cannot be written to"),
     ],
@@ -238,10 +393,12 @@ def test_a_command_that_is_interrupted_continues_when_it_is_repeated(tmp_path):
         summary["test"]
     )
     assert set(summary["test"]["decoders"]) == {"combined", "lifted", "top_down"}
-    assert {"config.json", "metrics.jsonl", "checkpoints", "tensorboard", "summary.json"} <= {p.name for p in workdir.iterdir()}
+    written = {"config.json", "metrics.jsonl", "checkpoints", "tensorboard", "summary.json", "report.html"}
+    assert written <= {p.name for p in workdir.iterdir()}
+    (workdir / "report.html").unlink()
 
     said, code = finish(command(*arguments))
-    assert code == 0 and "this run is complete" in said and "F1" in said
+    assert code == 0 and "this run is complete" in said and "F1" in said and (workdir / "report.html").exists()
     said, code = finish(command(*arguments, "--config.seed=1"))
     assert code == 2 and "config.seed was 0, is 1" in said
 

@@ -29,7 +29,7 @@ def test_importing_defines_no_flag_and_touches_no_device():
 def test_requirements_are_those_of_the_package():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (ROOT / "requirements.txt").read_text().splitlines() == project["dependencies"]
-    assert {"cuda", "cuda13", "tpu", "prepare", "bench", "dev"} <= set(project["optional-dependencies"])
+    assert {"cuda", "cuda13", "tpu", "prepare", "bench", "report", "dev"} <= set(project["optional-dependencies"])
     assert project["optional-dependencies"]["cuda"] == ["jax[cuda]"]
 
 

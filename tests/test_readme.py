@@ -1,28 +1,32 @@
 """Every command and every snippet of the README runs; commands with their steps shrunk."""
 
+import glob
+import importlib
 import pathlib
 import re
 import shlex
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.test_experiments import SMALL, command, finish
+from experiments import compare
+from tests.test_experiments import SMALL, command, finish, small_images
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 LINES = [line.partition("#")[0].strip() for kind, body in BLOCKS if kind == "bash" for line in body.splitlines()]
-COMMANDS = [line for line in LINES if line.startswith("python -m experiments.")]
+COMMANDS = [line for line in LINES if re.match(r"python -m experiments\.\w+_mg", line)]
 SNIPPETS = [body for kind, body in BLOCKS if kind == "python"]
 
 
 def test_the_readme_has_commands_and_snippets():
     assert len(COMMANDS) >= 5 and len(SNIPPETS) >= 2
-    known = ("python -m experiments.", "make ", "pip install ", "source ", "")
-    assert not [line for line in LINES if line and not line.startswith(known[:-1])]
+    known = ("python -m experiments.", "python -m mgjax.data.prepare ", "make ", "pip install ", "source ")
+    assert not [line for line in LINES if line and not line.startswith(known)]
 
 
 def test_every_result_that_is_listed_is_there():
@@ -33,14 +37,35 @@ def test_every_result_that_is_listed_is_there():
 @pytest.mark.parametrize("line", [c for c in dict.fromkeys(COMMANDS) if "--help" not in c])
 def test_a_command_of_the_readme(line, tmp_path, request):
     module, *arguments = shlex.split(line)[2:]
-    assert module == "experiments.imagenet_mg"
     if "DIR" in line:
         folder = request.getfixturevalue("shared_data") / "tfds"
         arguments = [a.replace("=DIR", f"={folder}") for a in arguments]
+    if "PATH" in line:
+        images = small_images(tmp_path / "images")
+        arguments = [a.replace("=folder:PATH", f"=folder:{images}") for a in arguments]
     # The test's own workdir, and then its own, smaller sizes.
     arguments = [a for a in arguments if not a.startswith("--workdir")]
-    said, code = finish(command(*arguments, *SMALL, f"--workdir={tmp_path}"))
-    assert code == 0 and (tmp_path / "summary.json").exists(), said
+    said, code = finish(command(*arguments, *SMALL, f"--workdir={tmp_path / 'W'}", module=module))
+    assert code == 0 and (tmp_path / "W" / "summary.json").exists(), said
+
+
+def test_runs_are_compared_as_the_readme_says(monkeypatch, capsys):
+    (line,) = [line for line in LINES if line.startswith("python -m experiments.compare")]
+    monkeypatch.chdir(ROOT)
+    arguments = [path for a in shlex.split(line)[3:] for path in sorted(glob.glob(a))]
+    assert len(arguments) >= 3
+    compare.main(arguments)
+    said = capsys.readouterr().out
+    assert "texture" in said and "348,292" in said
+
+
+def test_prepare_is_called_as_the_readme_says():
+    """Without TensorFlow it says how to get it; with it, it would download."""
+    (line,) = [line for line in LINES if line.startswith("python -m mgjax.data.prepare")]
+    if importlib.util.find_spec("tensorflow"):
+        pytest.skip("TensorFlow is installed: the command would download")
+    run = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "pip install 'mgjax[prepare]'" in run.stderr
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
