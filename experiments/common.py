@@ -200,7 +200,8 @@ def _examples(model, variables, batch, normalised, op, taxonomy) -> list[report.
     outputs = jax.jit(lambda v, x: model.apply(v, x, op, train=False))(variables, normalised.inputs)
     said = task_log_probs(outputs, model.heads, model.tasks)
     path = jax.device_get(decode({t.level: said[t.name] for t in model.tasks if t.name in said}, taxonomy))
-    level_names = {level: taxonomy.names[taxonomy.index(level)] for level in path.labels}
+    # Coarse to fine; JAX has sorted the levels by name.
+    level_names = {l: names for l, names in zip(taxonomy.levels, taxonomy.names) if l in path.labels}
     return [
         report.Example(
             image=batch.inputs["image"][i],

@@ -136,7 +136,10 @@ def shrunk(tmp_path, **given):
     """Runs the experiment in this process, on 8 devices."""
     config = configured(**SHRUNK | given)
     meta = {"experiment": "imagenet_mg", "config": json.loads(json.dumps(cfg.to_dict(config)))}
-    return imagenet_mg.train(config, tmp_path, meta)[0]
+    facts, examples = imagenet_mg.train(config, tmp_path, meta)
+    # Examples show the path, coarse to fine.
+    assert list(examples[0].answer) == list(examples[0].truth) == list(facts["test"]["levels"])
+    return facts
 
 
 @pytest.mark.parametrize("form", FORMS)
