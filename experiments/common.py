@@ -109,17 +109,18 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
             **facts,
         }
         write_json(summary_path, summary)
-    if not examples and not (workdir / "report.html").exists():
-        print("its report was not written; it is made now, without examples")
-    if examples or not (workdir / "report.html").exists():
+    report_path = workdir / "report.html"
+    if examples or not report_path.exists():
+        if not examples:
+            print("its report was not written; it is made now, without examples")
         try:
             report.write(workdir, summary, examples)
         except InputError as error:  # a library for plots that is not there costs no result
             print(f"no report: {error}")
     show(summary)
     print(f"summary: {summary_path}")
-    if (workdir / "report.html").exists():
-        print(f"report: {workdir / 'report.html'}")
+    if report_path.exists():
+        print(f"report: {report_path}")
     return summary
 
 
