@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import pathlib
@@ -21,29 +23,33 @@ from rich.table import Table
 import mgjax
 from experiments import report
 from mgjax import config as cfg
+from mgjax import train
 from mgjax.config import override, to_dict
 from mgjax.cost import forward_cost
-from mgjax.data import Augment, Dataset, Subset, eval_batches, train_batches
+from mgjax.data import Augment, Crop, Dataset, Subset, eval_batches, train_batches
 from mgjax.decode import decode, task_log_probs
 from mgjax.errors import InputError
 from mgjax.metrics import ClassificationMetrics
 from mgjax.objective import Objective
-from mgjax.train import Feeds, Stage, fit
+from mgjax.train import Feeds, Stage, distributed
+from mgjax.train.meter import use_compilation_cache
 from mgjax.train.monitor import accelerator_hint, clock, hardware, write_json
 
 flags.DEFINE_string("workdir", None, "folder of the run; the same one continues it (default: a fresh one under runs/)")
-flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["workdir"])  # so that --help lists it
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several processes train one model")
+flags.DEFINE_integer("num_processes", None, "how many processes there are (SLURM, Open MPI and TPU pods say it themselves)")
+flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
+for _name in ("workdir", "coordinator", "num_processes", "process_id", "join_timeout"):
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[_name])  # so that --help lists it
 
 # Keys that may change when a run is continued: they do not change its result.
-FREE = tuple(
-    f"config.{k}"
-    for k in ("data.dir", "data.cache_gb", "checkpoint.every", "checkpoint.keep", "log.every", "log.validate_every")
-)
+FREE = tuple(f"config.{k}" for k in ("data.dir", "data.cache_gb", "data.workers", "model.remat", "compile_cache", *train.FREE))
 EXAMPLES = 12  # that the report shows
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: Callable) -> dict | None:
+def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train_and_test: Callable) -> dict | None:
     """Runs one experiment in its workdir, from config to table.
 
     Args:
@@ -51,7 +57,7 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
         base: config with defaults.
         given: keys of the command line.
         resolve: (name of the backend, given) → (values of preset and recipe, what to say).
-        train: (config, workdir, meta) → (facts for the summary, examples for the report).
+        train_and_test: (config, workdir, meta) → (facts for the summary, examples for the report).
 
     Returns:
         The summary that was written to `summary.json`.
@@ -59,40 +65,49 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
     Raises:
         InputError: an unusable workdir, or one that holds another run.
     """
-    if hint := accelerator_hint():
-        print(hint, flush=True)
-    if not flags.FLAGS["verbosity"].present:
+    quiet = not flags.FLAGS["verbosity"].present
+    if quiet:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every step of every save
+    distributed.start(*(flags.FLAGS[f].value for f in ("coordinator", "num_processes", "process_id", "join_timeout")))
+    main = distributed.is_main()
+    say = functools.partial(print, flush=True) if main else lambda *said: None
+    if hint := accelerator_hint():
+        say(hint)
+    if quiet and not main:
+        logging.set_verbosity(logging.ERROR)  # what the first process warns of, all would
     chosen, said = resolve(jax.default_backend(), given)
     config = override(base, chosen | given)
+    use_compilation_cache(config.compile_cache)
     fresh = not flags.FLAGS.workdir
+    if fresh and jax.process_count() > 1:
+        raise InputError("several processes need one folder that all of them see: --workdir=DIR")
     workdir = _fresh(name) if fresh else pathlib.Path(flags.FLAGS.workdir)
-    print(f"{name}: {said}\nworkdir: {workdir}", flush=True)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"workdir '{workdir}' cannot be written to: {error}") from None
-
+    say(f"{name}: {said}\nworkdir: {workdir}")
     meta = {"experiment": name, "config": json.loads(json.dumps(to_dict(config)))}
     summary_path, record_path = workdir / "summary.json", workdir / "config.json"
-    begun = summary_path.exists() or any(p.name.isdigit() for p in workdir.glob("checkpoints/*"))
-    if begun and record_path.exists():
-        check_same(json.loads(record_path.read_text()), meta, workdir)
-    else:
-        write_json(record_path, meta)
-    if summary_path.exists():
-        print("this run is complete; its summary is shown again")
+    try:
+        if main:
+            _claim(workdir, record_path, meta)
+        error = ""
+    except InputError as found:
+        error = str(found)
+    distributed.agreed(error)
+    if not record_path.exists():
+        error = f"process {jax.process_index()} does not see the workdir '{workdir}' of process 0: name one that all see"
+    distributed.agreed(error)
+    if distributed.from_main(summary_path.exists()):
+        say("this run is complete; its summary is shown again")
         summary, examples = json.loads(summary_path.read_text()), []
     else:
         try:
-            facts, examples = train(config, workdir, meta)
+            facts, examples = train_and_test(config, workdir, meta)
         except KeyboardInterrupt:
-            print(f"stopped; the same command with --workdir={workdir} continues", flush=True)
+            say(f"stopped; the same command with --workdir={workdir} continues")
             raise SystemExit(130) from None
-        except InputError:
+        except Exception as error:
+            distributed.leave_alone(error)
+            if not isinstance(error, InputError):
+                raise
             if fresh and {p.name for p in workdir.iterdir()} == {record_path.name}:  # nothing was begun
                 shutil.rmtree(workdir)
             raise
@@ -108,7 +123,10 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
             | {p: importlib.metadata.version(p) for p in PACKAGES},
             **facts,
         }
-        write_json(summary_path, summary)
+        if main:
+            write_json(summary_path, summary)
+    if not main:
+        return summary
     report_path = workdir / "report.html"
     if examples or not report_path.exists():
         if not examples:
@@ -124,22 +142,49 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train: C
     return summary
 
 
+def _claim(workdir: pathlib.Path, record: pathlib.Path, meta: dict) -> None:
+    """Makes the workdir and its record, or finds that they are of this run.
+
+    Raises:
+        InputError: it cannot be written to, or holds another run.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"workdir '{workdir}' cannot be written to: {error}") from None
+    begun = (workdir / "summary.json").exists() or any(p.name.isdigit() for p in workdir.glob("checkpoints/*"))
+    if begun and record.exists():
+        check_same(json.loads(record.read_text()), meta, workdir)
+    else:
+        write_json(record, meta)
+
+
 def train_model(config: Any, data: Dataset, model, plan: Sequence[Stage], points: Mapping, workdir: pathlib.Path, meta: dict):
     """Trains a model on a dataset by plan, tests it, and measures what it costs.
 
     Args:
-        config: has seed, smoothing, augment, plan.eval_batch_size, optim, checkpoint and log.
+        config: a TrainConfig that has seed, smoothing, augment and plan.eval_batch_size too.
         points: name → operating point whose cost and test figures are reported.
         meta: of the run, for its checkpoints.
 
     Returns:
         (facts for the summary, examples for the report)
     """
-    print(
-        f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test "
-        f"images {data.image_shape}; levels {', '.join(f'{l} ({data.taxonomy.size(l)})' for l in data.taxonomy.levels)}"
-    )
-    process = dict(process=jax.process_index(), processes=jax.process_count())
+    if distributed.is_main():
+        print(
+            f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test "
+            f"images {data.image_shape}; levels {', '.join(f'{l} ({data.taxonomy.size(l)})' for l in data.taxonomy.levels)}",
+            flush=True,
+        )
+    process = dict(process=jax.process_index(), processes=jax.process_count(), workers=config.data.workers)
+    on_host = config.data.crop == "host"  # then each image is cut where it is decoded, and not again
+    kept = dataclasses.replace(config.augment, crop=(), padding=0) if on_host else config.augment
+    augment = Augment.from_config(kept, data.mean, data.std, data.image_shape)
+    side = config.augment.size or data.image_shape[0]
+    crop = lambda stage: Crop(side, config.augment.crop, config.seed, float(stage.augment)) if stage.augment else None
     evaluated = lambda split: eval_batches(split, data.taxonomy, batch_size=config.plan.eval_batch_size, **process)
     feeds = Feeds(
         train=lambda stage, seen, steps: train_batches(
@@ -149,13 +194,13 @@ def train_model(config: Any, data: Dataset, model, plan: Sequence[Stage], points
             seed=config.seed,
             examples_seen=seen,
             steps=steps,
+            crop=crop(stage) if on_host else None,
             **process,
         ),
         validation=lambda: evaluated(data.validation),
         test=lambda: evaluated(data.test),
         eval_batch_size=config.plan.eval_batch_size,
     )
-    augment = Augment.from_config(config.augment, data.mean, data.std, data.image_shape)
     if augment.mixup or augment.cutmix:
         for stage in plan:  # pairs that lie across two devices would have to travel
             if stage.augment and stage.batch_size % (2 * jax.device_count()):
@@ -163,7 +208,7 @@ def train_model(config: Any, data: Dataset, model, plan: Sequence[Stage], points
                     f"stage '{stage.name}': mixing needs an even number of rows on each of {jax.device_count()} devices; "
                     f"a batch of {stage.batch_size} has not: --config.plan.batch_size"
                 )
-    facts = fit(
+    facts = train.fit(
         model=model,
         objective=Objective(model.tasks, model.heads, smoothing=config.smoothing),
         metrics=ClassificationMetrics(data.taxonomy, model.tasks, model.heads),
@@ -175,11 +220,11 @@ def train_model(config: Any, data: Dataset, model, plan: Sequence[Stage], points
         meta=meta | {"taxonomy": data.taxonomy.fingerprint},
         free=FREE,
         points=points,
-        optim=config.optim,
-        checkpoint=config.checkpoint,
-        log=config.log,
+        config=config,
     )
     variables = facts.pop("variables")
+    if not distributed.is_main():
+        return facts, []
     chosen = np.random.default_rng(0).permutation(len(data.test))[:EXAMPLES]
     batch = next(eval_batches(Subset(data.test, chosen, data.test.name), data.taxonomy, batch_size=len(chosen)))
     normalised = augment.normalise(batch)
@@ -215,14 +260,14 @@ def _examples(model, variables, batch, normalised, op, taxonomy) -> list[report.
     ]
 
 
-def main(name: str, base: Any, resolve: Callable, train: Callable, recipes: Iterable[Mapping]) -> None:
+def main(name: str, base: Any, resolve: Callable, train_and_test: Callable, recipes: Iterable[Mapping]) -> None:
     """The command line of an experiment; see `run`.
 
     Args:
         recipes: values of keys that presets, sizes and datasets may set; `--help` marks the keys.
     """
     notes = {dotted: "; preset, size and dataset may set another default" for recipe in recipes for dotted in recipe}
-    cfg.run(lambda given: run(name, base, given, resolve, train), base, notes)
+    cfg.run(lambda given: run(name, base, given, resolve, train_and_test), base, notes)
 
 
 def check_same(old: dict, new: dict, workdir: pathlib.Path) -> None:

@@ -53,7 +53,7 @@ def _form(config: ModelConfig, levels: Sequence[str], names: Sequence[str]) -> F
             f"more, as many of both, not {config.widths} and {config.blocks}"
         )
     widths = [scale_width(w, config.width, 4) for w in config.widths]
-    common = dict(stem="patch", norm=config.norm, dtype=vision.DTYPES[config.dtype])
+    common = dict(stem="patch", norm=config.norm, dtype=vision.DTYPES[config.dtype], remat=config.remat)
     if config.activation != "auto":
         common["activation"] = activation(config.activation)
     branches = {

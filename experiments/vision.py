@@ -44,7 +44,7 @@ from mgjax.layers import ACTIVATIONS, activation
 from mgjax.layers.norm import NORMS
 from mgjax.model import MultiGranularityModel
 from mgjax.taxonomy import Taxonomy
-from mgjax.train import CheckpointConfig, LogConfig, OptimConfig, Stage, coarse_to_fine
+from mgjax.train import Stage, TrainConfig, coarse_to_fine
 from mgjax.views import scaled
 
 BRANCHES = (*NAMED_BRANCHES, "resnet", "conv", "separable", "mlp")
@@ -74,6 +74,7 @@ class ModelConfig:
     view_scale: float = key(1.0, "resolution to which every view is reduced, and then brought back", low=0.01, high=1)
     denoise: str = key("none", "what takes the noise from every view", choices=("none", *DENOISERS))
     dropout: float = key(0.0, "of the inputs of the heads", low=0, high=0.99)
+    remat: bool = key(False, "keep only what blocks pass on, and compute the rest again: less memory, a third more FLOPs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class PlanConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class VisionConfig:
+class VisionConfig(TrainConfig):
     """What every experiment on images can be told."""
 
     preset: str = key("auto", "how granularities are composed")
@@ -100,9 +101,9 @@ class VisionConfig:
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
     plan: PlanConfig = PlanConfig()
-    optim: OptimConfig = OptimConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
+    compile_cache: str = key(
+        "auto", "folder that keeps compiled programs (auto: JAX_COMPILATION_CACHE_DIR or the user's cache; empty: none)"
+    )
 
 
 class Form(NamedTuple):
@@ -294,7 +295,7 @@ def branch_of(config: ModelConfig, image_shape: Sequence[int], scale: float = 1.
         )
     height, width = (scaled(side, scale) for side in image_shape[:2])
     side = min(height, width)
-    common: dict[str, Any] = dict(dtype=DTYPES[config.dtype])
+    common: dict[str, Any] = dict(dtype=DTYPES[config.dtype], remat=config.remat)
     if config.activation != "auto":
         common["activation"] = activation(config.activation)
     published = NAMED_BRANCHES.get(config.branch)
@@ -314,7 +315,7 @@ def branch_of(config: ModelConfig, image_shape: Sequence[int], scale: float = 1.
         common["norm"] = config.norm
         blocks, widths = config.blocks, tuple(scale_width(w, config.width, 4) for w in config.widths)
         if config.branch == "mlp":
-            return MLP(height * width * image_shape[2], widths, **common)
+            return MLP(height * width * image_shape[2], widths, **{k: v for k, v in common.items() if k != "remat"})
         if config.branch == "resnet":
             common |= dict(stem=config.stem, stem_width=widths[0], downsample=config.downsample)
         elif config.branch == "conv":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -202,6 +203,10 @@ def run(main: Callable[[dict[str, Any]], None], config: Any, notes: Mapping[str,
             main(given(config))
         except InputError as error:
             raise SystemExit(_fatal(str(error))) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise SystemExit(_fatal(f"{error}: make room, then repeat the command")) from None
 
     app.run(guarded, flags_parser=parse)
 

@@ -17,20 +17,21 @@ class ClassificationHead(nn.Module):
     Attributes:
         classes: number of classes.
         dropout: share of the inputs that is dropped in training.
-        dtype: of the computation; logits are float32.
+
+    It computes in float32, or in float64 where its features are.
     """
 
     classes: int
     dropout: float = 0.0
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, features: Mapping[str, Features], present: Mapping | None = None, *, train: bool = False):
-        """features: source → Features → float32 logits [B, classes]."""
+        """features: source → Features → logits [B, classes]."""
         x = {name: f.vector for name, f in sorted(features.items())}
         if self.dropout and train:
             x = {name: nn.Dropout(self.dropout, name=f"dropout_{name}")(v, deterministic=False) for name, v in x.items()}
-        return SourceDense(self.classes, dtype=self.dtype, name="dense")(x, present).astype(jnp.float32)
+        dtype = jnp.result_type(jnp.float32, *x.values())
+        return SourceDense(self.classes, dtype=dtype, name="dense")(x, present)
 
 
 HEADS = {"classification": ClassificationHead}

@@ -22,7 +22,7 @@ def cross_entropy(logits, labels, mask, *, smoothing: float = 0.0, partner=None,
     weights λ = `share` and 1 − λ, and L is the weighted mean over all labels that are known.
 
     Args:
-        logits: floating [B, C]; the loss is computed in float32.
+        logits: floating [B, C]; the loss is computed in float32 at least.
         labels: int [B]; −1 is unknown and counts for nothing.
         mask: bool [B]; False counts for nothing.
         smoothing: ε (Szegedy et al. 2015, arXiv:1512.00567).
@@ -36,7 +36,7 @@ def cross_entropy(logits, labels, mask, *, smoothing: float = 0.0, partner=None,
         >>> round(float(cross_entropy(jnp.zeros((2, 4)), jnp.array([1, -1]), jnp.array([True, True]))), 4)
         1.3863
     """
-    logits, classes = logits.astype(jnp.float32), logits.shape[-1]
+    logits, classes = logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), logits.shape[-1]
 
     def each(labels):
         target = optax.smooth_labels(jax.nn.one_hot(jnp.maximum(labels, 0), classes), smoothing)

@@ -157,6 +157,22 @@ class ClassificationMetrics:
         }
         return levels | {k: v for k, v in figures.items() if isinstance(v, float)}
 
+    @property
+    def main(self) -> str:
+        """The name among `scalars` by which models are compared: the accuracy of the finest level."""
+        levels = [t.level for t in self.tasks]
+        return f"{max(levels, key=self.taxonomy.index)}/accuracy"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all `scalars` of a model that answers every task."""
+        none = lambda x: np.zeros(x.shape)
+        log_probs = {h.name: np.zeros((1, t.classes), np.float32) for h in self.heads for t in self.tasks if t.name == h.task}
+        targets = {t.target: np.zeros(1, np.int32) for t in self.tasks}
+        batch = Batch({}, targets, np.ones(1, bool), np.zeros(1, np.int32))
+        sums = jax.tree.map(none, jax.eval_shape(self.update, Outputs(log_probs), batch))
+        return tuple(self.scalars(self.compute(sums | {"examples": np.ones(())})))
+
     def headline(self, figures: Mapping) -> str:
         """The figures of `compute` in a few words."""
         return "  ".join(f"{level} {v['accuracy']:.1%}" for level, v in figures["levels"].items())

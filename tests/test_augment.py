@@ -19,7 +19,7 @@ from mgjax import Batch, config, ops
 from mgjax.data import Augment, DataError
 from mgjax.data.augment import AugmentConfig
 from mgjax.ops import color, policy
-from mgjax.train.state import make_mesh, to_device
+from mgjax.train.mesh import make_mesh, to_device
 
 PLAIN = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "flip": False, "padding": 0}
 EVERYTHING = Augment(

@@ -20,9 +20,10 @@ from mgjax.granularity import DeclarationError
 from mgjax.objective import Objective
 from mgjax.train import CheckpointConfig, CheckpointError, Interrupted, LogConfig, OptimConfig, Stage, load_variables
 from mgjax.train import loop as loop_module
+from mgjax.train.mesh import make_mesh, to_device
 from mgjax.train.optim import make_optimizer, make_schedule
 from mgjax.train.stages import coarse_to_fine, trained_paths
-from mgjax.train.state import create_state, make_mesh, needed_paths, to_device
+from mgjax.train.state import create_state, needed_paths
 from mgjax.train.step import make_train_step
 from tests import toy
 
@@ -35,10 +36,10 @@ def batches(steps, batch_size=16):
 
 def prepare(optim=OptimConfig(), devices=None, model=None):
     model = model or toy.model()
-    mesh, optimizer = make_mesh(devices), make_optimizer(optim)
+    mesh, optimizer = make_mesh(devices=devices), make_optimizer(optim)
     inputs = jax.eval_shape(lambda b: AUGMENT.normalise(b).inputs, next(batches(1)))
     state = create_state(model, optimizer, inputs, 0, mesh)
-    step = make_train_step(model, Objective(model.tasks, model.heads), AUGMENT, optimizer, seed=0)
+    step = make_train_step(model, Objective(model.tasks, model.heads), AUGMENT, optimizer, seed=0, mesh=mesh)
     paths = {op: needed_paths(model, op, inputs) for op in (toy.COARSE, toy.FINE, model.everything)}
     return model, mesh, state, step, paths
 
@@ -102,7 +103,7 @@ def test_an_inactive_granularity_is_not_touched():
     after = flat(state.params) | flat(state.stats)
     changed = {p for p in after if (after[p] != before[p]).any()}
     assert changed and not any("stage2" in p or "sub" in p or p.endswith("fine/kernel") for p in changed)
-    assert {"loss", "loss/super", "accuracy/super", "grad_norm"} == set(seen)
+    assert {"loss", "loss/super", "accuracy/super", "grad_norm", "finite"} == set(seen)
 
 
 def test_one_compilation_per_operating_point():
@@ -139,7 +140,7 @@ def test_what_is_read_behind_a_stop_gradient_alone_does_not_train():
 def test_the_state_is_donated_and_replicated():
     _, mesh, state, step, paths = prepare()
     batch = to_device(next(batches(1)), mesh)
-    assert batch.inputs["image"].sharding.spec == jax.sharding.PartitionSpec("data")
+    assert batch.inputs["image"].sharding.spec == jax.sharding.PartitionSpec(("data", "fsdp"))
     assert len(batch.inputs["image"].devices()) == 8
     new, _ = step(state, batch, 0.1, op=toy.FINE, trains=paths[toy.FINE], strength=1.0)
     assert all(x.is_deleted() for x in jax.tree.leaves(state))

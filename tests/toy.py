@@ -1,7 +1,9 @@
 """A tiny model and dataset that train in seconds; shared by the tests of training."""
 
+import dataclasses
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 
 from mgjax import Granularity, Head, MultiGranularityModel, OperatingPoint, Task, Taxonomy
@@ -9,18 +11,18 @@ from mgjax.branches import ResNet
 from mgjax.data import ArraySource, Augment, eval_batches, train_batches
 from mgjax.metrics import ClassificationMetrics
 from mgjax.objective import Objective
-from mgjax.train import CheckpointConfig, Feeds, LogConfig, OptimConfig, Stage, coarse_to_fine, fit
+from mgjax.train import CheckpointConfig, Feeds, LogConfig, OptimConfig, Stage, TrainConfig, coarse_to_fine, fit
 
 TREE = Taxonomy.from_names({"super": ["a", "b"], "sub": ["a1", "a2", "b1", "b2"]}, {"sub": [0, 0, 1, 1]})
 COARSE, FINE = OperatingPoint(("coarse",), ("super",)), OperatingPoint(("fine",), ("sub",))
 
 
-def model(norm="batch"):
+def model(norm="batch", dtype=jnp.float32):
     return MultiGranularityModel(
         [Granularity("coarse", "trunk", "stage1"), Granularity("fine", "trunk", "stage2")],
         [Task("super", "super", 2, "super"), Task("sub", "sub", 4, "sub")],
         [Head("super", {"coarse": "grad", "fine": "stop"}), Head("sub", {"fine": "grad"})],
-        {"trunk": ResNet(blocks=(1, 1), widths=(4, 8), stem="cifar", norm=norm)},
+        {"trunk": ResNet(blocks=(1, 1), widths=(4, 8), stem="cifar", norm=norm, dtype=dtype)},
     )
 
 
@@ -66,6 +68,8 @@ def feeds(at=lambda i: None, batch_size=24):
 
 def run(workdir: pathlib.Path, **changes):
     m = changes.pop("model", model())
+    parts = {f.name: changes.pop(f.name) for f in dataclasses.fields(TrainConfig) if f.name in changes}
+    config = dict(optim=OptimConfig(learning_rate=0.05), checkpoint=CheckpointConfig(every=2, keep=3), log=LogConfig(every=1))
     arguments = dict(
         model=m,
         objective=Objective(m.tasks, m.heads),
@@ -77,9 +81,7 @@ def run(workdir: pathlib.Path, **changes):
         workdir=workdir,
         meta={"experiment": "toy", "taxonomy": TREE.fingerprint, "config": {"a": 1, "free": 1}},
         free=("config.free",),
-        optim=OptimConfig(learning_rate=0.05),
-        checkpoint=CheckpointConfig(every=2, keep=3),
-        log=LogConfig(every=1),
+        config=TrainConfig(**config | parts),
     )
     workdir.mkdir(parents=True, exist_ok=True)
     return fit(**arguments | changes)

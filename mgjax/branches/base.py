@@ -20,12 +20,22 @@ class Branch(nn.Module):
             x = layer(x)
             if reader.offer(tap, x):
                 return reader.features
+
+    Blocks go through `self.run`, so that they can be rematerialised.
     """
 
     @property
     def feature_info(self) -> dict[str, FeatureInfo]:
         """Every tap, in order of depth."""
         raise TypeError(f"{type(self).__name__} does not say what its taps are")
+
+    @nn.nowrap
+    def run(self, block: nn.Module, x, *, train: bool):
+        """`block(x, train=train)`; with an attribute `remat`, what happens inside is not kept for the backward pass,
+        but computed again there."""
+        if not getattr(self, "remat", False):
+            return block(x, train=train)
+        return nn.remat(lambda block, x: block(x, train=train))(block, x)
 
     def read(self, taps) -> TapReader:
         """Raises ValueError for a tap that the branch does not have, or for none."""

@@ -31,6 +31,7 @@ class ConvNet(Branch):
         stem: "none", or "patch": space to depth before the first convolution.
         patch: side of the blocks that the stem "patch" makes into channels.
         norm, activation, dtype: as in `mgjax.layers.Conv`; a convolution has a bias where there is no norm.
+        remat: compute blocks again in the backward pass instead of keeping what they computed.
 
     Example:
         >>> import jax
@@ -52,6 +53,7 @@ class ConvNet(Branch):
     norm: str = "batch"
     activation: Callable = nn.relu
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @property
     def feature_info(self) -> dict[str, FeatureInfo]:
@@ -76,7 +78,7 @@ class ConvNet(Branch):
             if i:
                 x = POOLS[self.pool](x, (2, 2), (2, 2))
             for j in range(count):
-                x = Conv(width, self.kernel, name=f"stage{i + 1}_conv{j + 1}", **common)(x, train=train)
+                x = self.run(Conv(width, self.kernel, name=f"stage{i + 1}_conv{j + 1}", **common), x, train=train)
             if reader.offer(f"stage{i + 1}", x):
                 break
         return reader.features

@@ -63,6 +63,7 @@ class ResNet(Branch):
         downsample: how a stage after the first halves the map: "stride" (published) or "pool"
             (2×2 means before the block; on a CPU a strided convolution's gradient is slow).
         norm, activation, dtype: as in `mgjax.layers.Conv`.
+        remat: compute blocks again in the backward pass instead of keeping what they computed.
 
     Example:
         >>> import jax
@@ -84,6 +85,7 @@ class ResNet(Branch):
     norm: str = "batch"
     activation: Callable = nn.relu
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @classmethod
     def named(cls, name: str, *, width: float = 1.0, **options) -> ResNet:
@@ -131,9 +133,8 @@ class ResNet(Branch):
             if i and self.downsample == "pool":
                 x, stride = nn.avg_pool(x, (2, 2), (2, 2)), 1
             for j in range(count):
-                x = ResidualBlock(width, self.kind, stride if j == 0 else 1, name=f"stage{i + 1}_block{j + 1}", **common)(
-                    x, train=train
-                )
+                block = ResidualBlock(width, self.kind, stride if j == 0 else 1, name=f"stage{i + 1}_block{j + 1}", **common)
+                x = self.run(block, x, train=train)
             if reader.offer(f"stage{i + 1}", x):
                 break
         return reader.features

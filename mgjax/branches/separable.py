@@ -25,6 +25,7 @@ class SeparableNet(Branch):
         stem_stride: 1 for small images, 2 for ImageNet's.
         kernel: side of the depthwise kernels.
         norm, activation, dtype: as in `mgjax.layers.Conv`.
+        remat: compute blocks again in the backward pass instead of keeping what they computed.
 
     Example:
         >>> import jax
@@ -43,6 +44,7 @@ class SeparableNet(Branch):
     norm: str = "batch"
     activation: Callable = nn.relu
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @property
     def feature_info(self) -> dict[str, FeatureInfo]:
@@ -65,7 +67,8 @@ class SeparableNet(Branch):
         for i, (width, count) in enumerate(zip(self.widths, per_stage(self.blocks, self.widths))):
             for j in range(count):
                 stride = 2 if i and j == 0 else 1
-                x = SeparableConv(width, self.kernel, stride, name=f"stage{i + 1}_block{j + 1}", **common)(x, train=train)
+                block = SeparableConv(width, self.kernel, stride, name=f"stage{i + 1}_block{j + 1}", **common)
+                x = self.run(block, x, train=train)
             if reader.offer(f"stage{i + 1}", x):
                 break
         return reader.features

@@ -30,6 +30,7 @@ class VGG(Branch):
         classifier_width: units of each of them.
         dropout: of their outputs, in training.
         norm, activation, dtype: as in `mgjax.layers.Conv`; published are "none" and "batch".
+        remat: compute blocks again in the backward pass instead of keeping what they computed.
 
     Example:
         >>> import jax
@@ -50,6 +51,7 @@ class VGG(Branch):
     norm: str = "none"
     activation: Callable = nn.relu
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @classmethod
     def named(cls, name: str, *, width: float = 1.0, **options) -> VGG:
@@ -81,7 +83,7 @@ class VGG(Branch):
             for j in range(count):
                 name = f"stage{i + 1}_conv{j + 1}"
                 conv = Conv(width, 3, norm=self.norm, activation=self.activation, use_bias=True, dtype=self.dtype, name=name)
-                x = conv(x, train=train)
+                x = self.run(conv, x, train=train)
             x = nn.max_pool(x, (2, 2), (2, 2))
             if reader.offer(f"stage{i + 1}", x):
                 return reader.features

@@ -49,6 +49,7 @@ class ViT(Branch):
         dropout: of tokens and of what attention and MLPs say, in training.
         drop_path: probability of leaving out the last block, falling to 0 at the first.
         dtype: of the computation; parameters are float32.
+        remat: compute blocks again in the backward pass instead of keeping what they computed.
 
     Example:
         >>> import jax
@@ -74,6 +75,7 @@ class ViT(Branch):
     dropout: float = 0.0
     drop_path: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    remat: bool = False
 
     @classmethod
     def named(cls, name: str, *, width: float = 1.0, **options) -> ViT:
@@ -134,7 +136,7 @@ class ViT(Branch):
         if offer("embed", x):
             return reader.features
         for i in range(self.depth):
-            x = TransformerBlock(
+            block = TransformerBlock(
                 self.heads,
                 self.mlp_ratio,
                 self.norm,
@@ -144,7 +146,8 @@ class ViT(Branch):
                 self.drop_path * i / max(1, self.depth - 1),
                 self.dtype,
                 name=f"block{i + 1}",
-            )(x, train=train)
+            )
+            x = self.run(block, x, train=train)
             if offer(f"block{i + 1}", x):
                 return reader.features
         offer("final", Norm(self.norm, epsilon=self.epsilon, dtype=self.dtype, name="norm")(x, train=train))

@@ -1,6 +1,7 @@
 """Data: sources → host batches → device augmentation. Knows no model."""
 
 from mgjax.data.augment import Augment, AugmentConfig
+from mgjax.data.crops import Crop
 from mgjax.data.datasets import DataConfig, Dataset, load_dataset
 from mgjax.data.images import DecodeError
 from mgjax.data.pipeline import eval_batches, train_batches
@@ -10,6 +11,7 @@ __all__ = [
     "ArraySource",
     "Augment",
     "AugmentConfig",
+    "Crop",
     "DataConfig",
     "DataError",
     "Dataset",

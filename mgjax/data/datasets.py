@@ -13,7 +13,18 @@ from mgjax.data import procedural
 from mgjax.data.folder_source import load_folder
 from mgjax.data.images import fit
 from mgjax.data.labels import class_taxonomy
-from mgjax.data.sources import ArraySource, DataError, Source, Subset, in_memory, shuffled, split, with_test
+from mgjax.data.sources import (
+    ArraySource,
+    DataError,
+    EncodedSource,
+    Source,
+    Subset,
+    base_of,
+    in_memory,
+    shuffled,
+    split,
+    with_test,
+)
 from mgjax.data.table_source import load_table
 from mgjax.data.tfds_source import load_tfds
 from mgjax.taxonomy import Taxonomy
@@ -38,6 +49,12 @@ class DataConfig:
     image_size: int = key(0, "fit images to squares of this side, in pixels (0: as they are)", low=0)
     validation: float = key(0.05, "share of train that is split off for validation where the dataset has none")
     test: float = key(0.2, "share of train that is split off for the test where a folder or table has no other split")
+    crop: str = key(
+        "device",
+        "where random resized crops are cut: on the device from the fitted images, or on the host from the whole files",
+        choices=("device", "host"),
+    )
+    workers: int = key(0, "processes that read and decode ahead (0: threads of this one)", low=0)
     on_error: str = key("error", "an image that does not decode stops the run, or is masked", choices=("error", "mask"))
     cache_gb: float = key(4.0, "decoded splits up to this size are kept in memory, in GB", low=0)
     limit: int = key(0, "use only so many examples of each split, for a quick look (0: all)", low=0)
@@ -75,6 +92,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     """
     if config.on_error not in ("error", "mask"):
         raise DataError(f"data.on_error is 'error' or 'mask', not '{config.on_error}'")
+    if config.crop not in ("device", "host"):
+        raise DataError(f"data.crop is 'device' or 'host', not '{config.crop}'")
     if config.limit < 0 or config.image_size < 0:
         raise DataError(f"data.limit is {config.limit} and data.image_size {config.image_size}; neither can be below 0")
     kind, _, name = config.source.partition(":")
@@ -106,15 +125,20 @@ def load_dataset(config: DataConfig) -> Dataset:
     shape = shapes["train"]
     if len(set(shapes.values())) > 1:
         raise DataError(f"{config.source}: the splits differ in size, {shapes}: give one with --config.data.image_size")
-    sources = {s: _cached(v, shape, config.cache_gb) for s, v in sources.items()}
+    if config.crop == "host" and not isinstance(base_of(sources["train"]), EncodedSource):
+        raise DataError(f"{config.source} has no image files that the host could cut: set --config.data.crop=device")
+    # What the host cuts is decoded anew for every window.
+    keep = lambda s, v: v if s == "train" and config.crop == "host" else _cached(v, shape, config.cache_gb)
+    sources = {s: keep(s, v) for s, v in sources.items()}
     if "validation" not in sources:
         if not 0 < config.validation < 1:
             raise DataError(f"data.validation is a share in (0, 1), not {config.validation}")
         count = math.ceil(config.validation * len(sources["train"]))
-        sources["train"], sources["validation"] = split(sources["train"], count, config.seed)
+        sources["train"], validation = split(sources["train"], count, config.seed)
+        sources["validation"] = _cached(validation, shape, config.cache_gb) if config.crop == "host" else validation
 
     order = shuffled(len(sources["train"]), config.seed)
-    sample = sources["train"].take(np.array([order[i] for i in range(min(1024, len(sources["train"])))]))
+    sample = sources["train"].take(order.take(0, min(1024, len(sources["train"]))))
     pixels = sample["image"][sample["valid"]].astype(np.float64)
     if not len(pixels):
         raise DataError(f"{sources['train'].name}: none of the first images decodes")

@@ -3,13 +3,15 @@ pass for evaluation. One integer, the number of examples seen, is the whole posi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
 
 from mgjax.contracts import Batch
-from mgjax.data.sources import DataError, Source, shuffled
+from mgjax.data.crops import Crop, Windows
+from mgjax.data.sources import ArraySource, DataError, EncodedSource, Source, base_of, shuffled
+from mgjax.data.workers import read_in_processes
 from mgjax.taxonomy import Taxonomy
 
 # A batch is one element of the Grain pipeline, so these buffers are counted in batches.
@@ -23,12 +25,19 @@ def _local_rows(batch_size: int, process: int, processes: int) -> slice:
     return slice(process * local, (process + 1) * local)
 
 
-def _assemble(source: Source, indices: np.ndarray, taxonomy: Taxonomy, targets: tuple[str, ...], rows: int) -> Batch:
-    """Reads examples and pads them with masked repeats of the first to `rows` rows."""
+def _assemble(
+    source: Source,
+    indices: np.ndarray,
+    taxonomy: Taxonomy,
+    targets: tuple[str, ...],
+    rows: int,
+    windows: Windows | None = None,
+) -> Batch:
+    """Reads examples and pads them with masked repeats of the first to `rows` rows; `windows` needs all rows."""
     padding = rows - len(indices)
     # A process whose part of the last batch is all padding still needs an example for its shapes.
     positions = np.concatenate([indices, np.full(padding, indices[0] if len(indices) else 0, indices.dtype)])
-    example = source.take(positions)
+    example = source.take(positions) if windows is None else source.take(positions, windows)
     for level in taxonomy.levels:
         taxonomy.check(example[level], level, f" of the batch at {source.name} {positions[:3].tolist()}…")
     real = np.arange(rows) < len(indices)
@@ -57,19 +66,24 @@ def train_batches(
     targets: tuple[str, ...] = (),
     process: int = 0,
     processes: int = 1,
+    workers: int = 0,
+    crop: Crop | None = None,
 ) -> Iterator[Batch]:
     """Yields `steps` batches of numpy arrays, from position `examples_seen` on.
 
-    The order is that of `shuffled(len(source), seed)`: it depends on neither batch size nor
-    process count, so both may change at any position.
+    The order is that of `shuffled(len(source), seed)`, and windows belong to positions: neither depends on
+    batch size, process count or workers, so all may change at any position.
 
     Args:
         batch_size: rows of the global batch, over all processes.
         targets: further keys of the examples that go into `Batch.targets`, such as "box".
         process, processes: this process takes its part of every global batch.
+        workers: processes that read ahead; 0 = threads of this one. Each takes whole batches in turn, and some
+            seconds to start. Of examples in memory there is nothing to read: they are taken here.
+        crop: cuts each image where it is decoded; needs a source of encoded images.
 
     Raises:
-        DataError: a batch that the processes do not divide.
+        DataError: a batch that the processes do not divide, or a crop of images that are decoded already.
         TaxonomyError: a label outside the taxonomy.
 
     Example:
@@ -80,14 +94,19 @@ def train_batches(
         (8, 32, 32, 3)
     """
     rows = _local_rows(batch_size, process, processes)
+    if crop and not isinstance(base_of(source), EncodedSource):
+        raise DataError(
+            f"{source.name}: only images that are decoded one by one can be cut on the host: set --config.data.crop=device"
+        )
     order = shuffled(len(source), seed)
 
     def load(step: int) -> Batch:
-        start = examples_seen + step * batch_size
-        indices = np.array([order[start + row] for row in range(rows.start, rows.stop)])
-        return _assemble(source, indices, taxonomy, targets, len(indices))
+        start = examples_seen + step * batch_size + rows.start
+        count = rows.stop - rows.start
+        windows = crop.draw(start, count) if crop else None
+        return _assemble(source, order.take(start, start + count), taxonomy, targets, count, windows)
 
-    return iter(grain.MapDataset.range(steps).map(load).to_iter_dataset(_READ))
+    return _read(load, steps, source, workers)
 
 
 def eval_batches(
@@ -98,6 +117,7 @@ def eval_batches(
     targets: tuple[str, ...] = (),
     process: int = 0,
     processes: int = 1,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """Yields every example once, in order; the last batch is padded with masked rows.
 
@@ -110,4 +130,12 @@ def eval_batches(
         indices = np.arange(start + rows.start, max(start + rows.start, min(start + rows.stop, len(source))))
         return _assemble(source, indices, taxonomy, targets, rows.stop - rows.start)
 
-    return iter(grain.MapDataset.range(-(-len(source) // batch_size)).map(load).to_iter_dataset(_READ))
+    return _read(load, -(-len(source) // batch_size), source, workers)
+
+
+def _read(load: Callable[[int], Batch], steps: int, source: Source, workers: int) -> Iterator[Batch]:
+    """The batches of all steps in order, read ahead."""
+    batches = grain.MapDataset.range(steps).map(load)
+    if workers and not isinstance(base_of(source), ArraySource):
+        return read_in_processes(batches, min(workers, steps))
+    return iter(batches.to_iter_dataset(_READ))

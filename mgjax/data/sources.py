@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 import logging
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import grain
+import cv2
 import numpy as np
+from grain.experimental import index_shuffle
 
-from mgjax.data.images import DecodeError, decode_rgb, fit
+from mgjax.data.crops import Window, Windows
+from mgjax.data.images import DecodeError, decode_crop, decode_rgb, fit
 from mgjax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -69,7 +72,7 @@ class ArraySource:
 
 
 class Subset:
-    """Some examples of another source, in the order given."""
+    """Some examples of another source, in the order given; of encoded images it takes windows too."""
 
     def __init__(self, source: Source, indices: np.ndarray, name: str):
         self.source, self.indices, self.name = source, np.asarray(indices), name
@@ -77,8 +80,16 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        return self.source.take(self.indices[indices])
+    def take(self, indices: np.ndarray, windows: Windows | None = None) -> dict[str, np.ndarray]:
+        chosen = self.indices[indices]
+        return self.source.take(chosen) if windows is None else self.source.take(chosen, windows)
+
+
+def base_of(source: Source) -> Source:
+    """What a subset is taken from, in the end."""
+    while isinstance(source, Subset):
+        source = source.source
+    return source
 
 
 class EncodedSource:
@@ -91,6 +102,8 @@ class EncodedSource:
         on_error: "error" raises for an image that does not decode; "mask" replaces it by a
             masked example and counts it in `bad`.
     """
+
+    _cut = staticmethod(decode_crop)
 
     def __init__(self, name: str, size: int | None, on_error: str):
         self.name, self.size, self.on_error = name, size, on_error
@@ -117,24 +130,29 @@ class EncodedSource:
                 return image.shape
         raise DataError(f"{self.name}: none of its {len(self)} images decodes")
 
-    def take(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        shape = self.shape
+    def take(self, indices: np.ndarray, windows: Windows | None = None) -> dict[str, np.ndarray]:
+        """As `Source.take`; with `windows`, each image is cut from the file's full resolution instead of fitted."""
+        shape = self.shape if windows is None else (windows.size, windows.size, 3)
         indices = [int(i) for i in indices]
-        if len(indices) >= 2 * _WORKERS:  # OpenCV and the file system work without Python's lock
-            chunks = [c.tolist() for c in np.array_split(indices, _WORKERS)]
-            parts = _pool().map(lambda chunk: [self._example(i) for i in chunk], chunks)
+        images = np.zeros((len(indices), *shape), np.uint8)
+        rows = [None] * len(indices) if windows is None else [Window(*row) for row in windows.rows.tolist()]
+        if len(indices) >= 2 * _WORKERS > 2:  # OpenCV and the file system work without Python's lock
+            cuts = [len(indices) * i // _WORKERS for i in range(_WORKERS + 1)]
+            chunks = [(indices[a:b], rows[a:b], images[a:b]) for a, b in itertools.pairwise(cuts)]
+            parts = _pool().map(lambda chunk: list(map(self._example, *chunk)), chunks)
             examples = [example for part in parts for example in part]
         else:
-            examples = [self._example(i) for i in indices]
-        blank = np.zeros(shape, np.uint8)
-        for i, (image, _) in zip(indices, examples):
+            examples = list(map(self._example, indices, rows, images))
+        for i, (image, _), place in zip(indices, examples, images):
             if image is not None and image.shape != shape:
                 raise DataError(
                     f"{self.name}: {self.describe(i)} is {image.shape}, others are {shape}: "
                     "give one size with --config.data.image_size"
                 )
+            if image is not None and windows is None:
+                place[:] = image
         return {
-            "image": np.stack([blank if image is None else image for image, _ in examples]),
+            "image": images,
             "valid": np.array([image is not None for image, _ in examples]),
             **{level: np.array([labels[level] for _, labels in examples], np.int32) for level in examples[0][1]},
         }
@@ -143,9 +161,14 @@ class EncodedSource:
         """The labels of an example whose image cannot be read."""
         return self.read(index)[1]
 
-    def _example(self, index: int) -> tuple[np.ndarray | None, Mapping[str, int]]:
+    def _example(
+        self, index: int, window: Window | None = None, place: np.ndarray | None = None
+    ) -> tuple[np.ndarray | None, Mapping[str, int]]:
+        """Image and labels; what a window cuts is written to `place`, uint8 [size, size, 3]."""
         try:
             data, labels = self.read(index)
+            if window is not None:
+                return self._cut(data, window, len(place), place), labels
             image = decode_rgb(data, self.size)
         except DecodeError as error:
             if self.on_error == "error":
@@ -161,6 +184,13 @@ class EncodedSource:
 
 
 _WORKERS = min(16, os.cpu_count() or 1)
+
+
+def share_cores(processes: int) -> None:
+    """This process is one of so many that decode: it takes as few of the cores."""
+    global _WORKERS
+    _WORKERS = min(16, max(1, (os.cpu_count() or 1) // processes))
+    cv2.setNumThreads(1)
 
 
 @functools.cache
@@ -253,9 +283,27 @@ def with_test(sources: Mapping[str, Source], share: float, seed: int) -> dict[st
     return sources
 
 
-def shuffled(length: int, seed: int) -> Sequence[int]:
+class Shuffled:
     """An endless order with random access: position i of epoch e is `order[e · length + i]`.
 
-    Every epoch is a permutation of its own, computed per position, so it takes no memory.
+    Every epoch is a permutation of its own, computed per position, so it takes no memory. It is the order of
+    `grain.MapDataset.range(length).seed(seed).shuffle().repeat()`, without a walk through three datasets per position.
     """
-    return grain.MapDataset.range(length).seed(seed).shuffle().repeat()
+
+    def __init__(self, length: int, seed: int):
+        self.length = length
+        # As Grain derives it for the node below the one that has the seed.
+        self.seed = int(np.random.SeedSequence((seed, 1)).generate_state(1, np.uint32)[0])
+
+    def __getitem__(self, position: int) -> int:
+        epoch, within = divmod(position, self.length)
+        return index_shuffle(within, self.length - 1, (self.seed + epoch) % 2**32, 4)
+
+    def take(self, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]; the positions from `start` on."""
+        return np.array([self[i] for i in range(start, stop)], np.int64)
+
+
+def shuffled(length: int, seed: int) -> Shuffled:
+    """The order in which `length` examples are trained on; see `Shuffled`."""
+    return Shuffled(length, seed)

@@ -38,9 +38,9 @@ class Stage:
     end: float = 0.0
 
 
-def check_plan(plan: Sequence[Stage], devices: int = 1) -> None:
+def check_plan(plan: Sequence[Stage], devices: int = 1, parts: int = 1) -> None:
     """Raises InputError for a plan that cannot run: no stage, two of one name, no step, a batch
-    that the devices do not divide."""
+    that the devices, or the parts in which each of them accumulates gradients, do not divide."""
     if not plan:
         raise DeclarationError("a plan needs at least one stage")
     names = [s.name for s in plan]
@@ -49,14 +49,15 @@ def check_plan(plan: Sequence[Stage], devices: int = 1) -> None:
     for stage in plan:
         if stage.steps < 1 or stage.batch_size < 1:
             raise DeclarationError(f"stage '{stage.name}' has {stage.steps} steps of {stage.batch_size} examples")
-        check_batch_size(stage.batch_size, devices, f"stage '{stage.name}'")
+        check_batch_size(stage.batch_size, devices, f"stage '{stage.name}'", parts)
 
 
-def check_batch_size(batch_size: int, devices: int, where: str) -> None:
-    """Raises InputError for a batch that the devices do not divide."""
-    if batch_size % devices:
-        near = max(devices, round(batch_size / devices) * devices)
-        raise InputError(f"{where}: a batch of {batch_size} cannot be divided among {devices} devices; {near} can")
+def check_batch_size(batch_size: int, devices: int, where: str, parts: int = 1) -> None:
+    """Raises InputError for a batch that the devices, and the parts on each, do not divide."""
+    if batch_size % (devices * parts):
+        near = max(1, round(batch_size / (devices * parts))) * devices * parts
+        of = f" in {parts} parts each (optim.accumulate)" if parts > 1 else ""
+        raise InputError(f"{where}: a batch of {batch_size} cannot be divided among {devices} devices{of}; {near} can")
 
 
 def trained_paths(stage: Stage, needed: Iterable[str]) -> frozenset[str]:

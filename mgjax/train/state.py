@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend.core import Literal
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mgjax.errors import InputError
 from mgjax.granularity import OperatingPoint
+from mgjax.train.mesh import replicated, state_sharding
 from mgjax.train.optim import Optimizer
 
 
@@ -27,35 +27,21 @@ class TrainState:
         params: of all granularities, active or not.
         stats: batch statistics.
         opt_state: per parameter, see `Optimizer`.
+        ema: `{"average": {"params": …, "stats": …}, "count": …}`, the averages and of how many
+            steps each leaf is one; empty where nothing is averaged.
     """
 
     step: jax.Array
     params: Any
     stats: Any
     opt_state: Any
+    ema: Any
 
-
-def make_mesh(devices=None) -> Mesh:
-    """A mesh of all devices along one axis, `data`."""
-    devices = jax.devices() if devices is None else devices
-    # Explicit axes, the default, reject sharded convolution kernels.
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-
-
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds everything."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Every device holds its part of the batch."""
-    return NamedSharding(mesh, PartitionSpec("data"))
-
-
-def to_device(batch, mesh: Mesh):
-    """Host arrays, this process's rows of a batch, to one global sharded batch."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    @property
+    def variables(self) -> dict:
+        """What is evaluated: the averages where there are any; ready for `model.apply`."""
+        kept = self.ema["average"] if self.ema else {"params": self.params, "stats": self.stats}
+        return {"params": kept["params"], "batch_stats": kept["stats"]}
 
 
 def init_fn(model, op: OperatingPoint, inputs):
@@ -68,11 +54,12 @@ def init_fn(model, op: OperatingPoint, inputs):
     return init
 
 
-def create_state(model, optimizer: Optimizer, inputs, seed: int, mesh: Mesh) -> TrainState:
+def create_state(model, optimizer: Optimizer, inputs, seed: int, mesh: Mesh, shard_above: int = 0) -> TrainState:
     """Initialises all granularities, directly in their place on the mesh.
 
     Args:
         inputs: abstract `Batch.inputs`, normalised, of any batch size.
+        shard_above: see `MeshConfig`.
 
     Raises:
         InputError: the model keeps variables other than parameters and batch statistics.
@@ -83,11 +70,28 @@ def create_state(model, optimizer: Optimizer, inputs, seed: int, mesh: Mesh) -> 
         variables = init(rng)
         if others := sorted(set(variables) - {"params", "batch_stats"}):
             raise InputError(f"the model keeps the collections {others}; only params and batch_stats are trained and saved")
-        params = variables["params"]
+        params, stats = variables["params"], variables.get("batch_stats", {})
         opt_state = unflatten_dict(optimizer.init(flatten_dict(params, sep="/")), sep="/")
-        return TrainState(jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), opt_state)
+        ema = {}
+        if optimizer.ema:
+            average = {"params": params, "stats": stats}
+            ema = {"average": average, "count": jax.tree.map(lambda _: jnp.zeros((), jnp.int32), average)}
+        return TrainState(jnp.zeros((), jnp.int32), params, stats, opt_state, ema)
 
-    return jax.jit(create, out_shardings=replicated(mesh))(jax.random.key(seed))
+    rng = jax.random.key(seed)
+    shardings = state_shardings(jax.eval_shape(create, rng), mesh, shard_above)
+    return jax.jit(create, out_shardings=shardings)(rng)
+
+
+def state_shardings(state: TrainState, mesh: Mesh, shard_above: int = 0) -> TrainState:
+    """Where every leaf lies: batch statistics, which each step needs whole, on every device; the rest by
+    `state_sharding`."""
+
+    def place(path, x):
+        of_stats = any(getattr(p, "name", getattr(p, "key", "")) == "stats" for p in path[:3])
+        return replicated(mesh) if of_stats else state_sharding(x.shape, mesh, shard_above)
+
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def needed_paths(model, op: OperatingPoint, inputs) -> frozenset[str]:
