@@ -11,7 +11,7 @@ from mgjax.branches import MLP, NAMED_BRANCHES, VGG, ConvNet, ResNet, SeparableN
 from mgjax.branches.vgg import adaptive_means
 from mgjax.flops import count_flops
 from mgjax.layers import activation
-from mgjax.train.state import make_mesh
+from mgjax.train.mesh import make_mesh
 
 SMALL = {
     "resnet_cifar": ResNet(blocks=(1, 1), widths=(4, 8), stem="cifar"),

@@ -315,8 +315,10 @@ def test_the_command_line_comes_after_the_preset():
 # ---------------------------------------------------------------------- as a command
 
 
-def command(*arguments, module="experiments.imagenet_mg", **options):
+def command(*arguments, module="experiments.imagenet_mg", devices=1, **options):
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    if devices > 1:
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     line = [sys.executable, "-m", module, *arguments]
     return subprocess.Popen(
         line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options

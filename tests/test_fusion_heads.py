@@ -6,12 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mgjax.contracts import Features
 from mgjax.fusion import FUSIONS
 from mgjax.heads import ClassificationHead
-from mgjax.train.state import make_mesh
+from mgjax.train.mesh import batch_sharding, make_mesh
 
 # A smooth activation, so that every parameter has a gradient.
 MODULES = {name: (fusion(8, nn.gelu), lambda f: f.vector) for name, fusion in FUSIONS.items()}
@@ -87,7 +86,7 @@ def test_a_batch_sharded_over_devices_gives_the_same(name):
     given = parts(batch=8)
     variables = module.init(jax.random.key(0), given)
     apply = jax.jit(lambda v, g, p: read(module.apply(v, g, p)))
-    sharding = NamedSharding(make_mesh(), PartitionSpec("data"))
+    sharding = batch_sharding(make_mesh())
     present = {"fine": jnp.arange(8) % 3 > 0}
     spread = jax.device_put((given, present), sharding)
     assert len(spread[0]["fine"].vector.devices()) == 8

@@ -364,7 +364,7 @@ def test_workers_end_with_a_program_that_ends(folder, tmp_path, number):
                 children.append(int(entry))
         assert len(children) == 2
         (os.kill if number == signal.SIGKILL else os.killpg)(program.pid, number)
-        program.wait(40)
+        program.wait(150)
         end = time.monotonic() + 20
         while any(map(alive, children)) and time.monotonic() < end:
             time.sleep(0.05)

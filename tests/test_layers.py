@@ -32,7 +32,7 @@ from mgjax.layers import (
     TransformerBlock,
     activation,
 )
-from mgjax.train.state import make_mesh
+from mgjax.train.mesh import make_mesh
 
 KEY = jax.random.key(0)
 

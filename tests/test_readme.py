@@ -45,7 +45,8 @@ def test_a_command_of_the_readme(line, tmp_path, request):
         arguments = [a.replace("=folder:PATH", f"=folder:{images}") for a in arguments]
     # The test's own workdir, and then its own, smaller sizes.
     arguments = [a for a in arguments if not a.startswith("--workdir")]
-    said, code = finish(command(*arguments, *SMALL, f"--workdir={tmp_path / 'W'}", module=module))
+    devices = 2 if "mesh.fsdp=2" in line else 1
+    said, code = finish(command(*arguments, *SMALL, f"--workdir={tmp_path / 'W'}", module=module, devices=devices))
     assert code == 0 and (tmp_path / "W" / "summary.json").exists(), said
 
 

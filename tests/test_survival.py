@@ -212,6 +212,7 @@ def test_a_stage_ends_early_and_the_next_one_begins(tmp_path):
 def test_the_second_signal_stops_at_once(capfd):
     from mgjax.train.signals import StopSignals
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever runs the tests may have its own
     with StopSignals() as signals:
         assert not signals.asked()
         os.kill(os.getpid(), signal.SIGINT)

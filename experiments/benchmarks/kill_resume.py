@@ -63,14 +63,15 @@ def start(workdir: pathlib.Path, cache: pathlib.Path, log: pathlib.Path, more: l
     keys = [f"--config.{k}={v}" for k, v in SETTINGS.items()]
     command = [sys.executable, "-m", "experiments.imagenet_mg", *keys, *more]
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
-    return subprocess.Popen(
-        [*command, f"--workdir={workdir}", f"--config.compile_cache={cache}"],
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-        env=environment | {"JAX_PLATFORMS": "cpu"},
-        cwd=pathlib.Path(__file__).parents[2],
-        start_new_session=True,
-    )
+    with log.open("w") as said:
+        return subprocess.Popen(
+            [*command, f"--workdir={workdir}", f"--config.compile_cache={cache}"],
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env=environment | {"JAX_PLATFORMS": "cpu"},
+            cwd=pathlib.Path(__file__).parents[2],
+            start_new_session=True,
+        )
 
 
 def alone(folder: pathlib.Path, name: str, cache: pathlib.Path, more: list[str]) -> tuple[pathlib.Path, float]:
