@@ -17,12 +17,12 @@ class ClassificationHead(nn.Module):
     Attributes:
         classes: number of classes.
         dropout: share of the inputs that is dropped in training.
-
-    It computes in float32, or in float64 where its features are.
+        dtype: of the computation; by default float32, or float64 where the features are. Logits are float32 at least.
     """
 
     classes: int
     dropout: float = 0.0
+    dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, features: Mapping[str, Features], present: Mapping | None = None, *, train: bool = False):
@@ -30,8 +30,9 @@ class ClassificationHead(nn.Module):
         x = {name: f.vector for name, f in sorted(features.items())}
         if self.dropout and train:
             x = {name: nn.Dropout(self.dropout, name=f"dropout_{name}")(v, deterministic=False) for name, v in x.items()}
-        dtype = jnp.result_type(jnp.float32, *x.values())
-        return SourceDense(self.classes, dtype=dtype, name="dense")(x, present)
+        dtype = self.dtype or jnp.result_type(jnp.float32, *x.values())
+        logits = SourceDense(self.classes, dtype=dtype, name="dense")(x, present)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 HEADS = {"classification": ClassificationHead}
