@@ -250,7 +250,7 @@ def test_rematerialisation_changes_no_figure_and_keeps_less(branch):
 
         def loss(params, branch=branch.clone(remat=remat)):
             made, _ = branch.apply(variables | {"params": params}, x, taps=(tap,), train=True, mutable=["batch_stats"])
-            return (made[tap].vector ** 2).sum()
+            return jnp.sin(3 * made[tap].vector).sum()  # a sum of squares knows nothing but rounding behind a layer norm
 
         residuals = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], variables["params"])
         kept.append(sum(r.size * r.dtype.itemsize for r in jax.tree.leaves(residuals)))

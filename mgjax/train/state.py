@@ -55,7 +55,7 @@ def init_fn(model, op: OperatingPoint, inputs):
 
 
 def create_state(model, optimizer: Optimizer, inputs, seed: int, mesh: Mesh, shard_above: int = 0) -> TrainState:
-    """Initialises all granularities, directly in their place on the mesh.
+    """Initialises all granularities, the same numbers on every mesh, and puts them in their place.
 
     Args:
         inputs: abstract `Batch.inputs`, normalised, of any batch size.
@@ -66,8 +66,7 @@ def create_state(model, optimizer: Optimizer, inputs, seed: int, mesh: Mesh, sha
     """
     init = init_fn(model, model.everything, inputs)
 
-    def create(rng):
-        variables = init(rng)
+    def create(variables):
         if others := sorted(set(variables) - {"params", "batch_stats"}):
             raise InputError(f"the model keeps the collections {others}; only params and batch_stats are trained and saved")
         params, stats = variables["params"], variables.get("batch_stats", {})
@@ -78,9 +77,10 @@ def create_state(model, optimizer: Optimizer, inputs, seed: int, mesh: Mesh, sha
             ema = {"average": average, "count": jax.tree.map(lambda _: jnp.zeros((), jnp.int32), average)}
         return TrainState(jnp.zeros((), jnp.int32), params, stats, opt_state, ema)
 
-    rng = jax.random.key(seed)
-    shardings = state_shardings(jax.eval_shape(create, rng), mesh, shard_above)
-    return jax.jit(create, out_shardings=shardings)(rng)
+    # Drawn whole, and split by a program of its own: the rounding of what is drawn would otherwise depend on the mesh.
+    variables = jax.jit(init, out_shardings=replicated(mesh))(jax.random.key(seed))
+    shardings = state_shardings(jax.eval_shape(create, variables), mesh, shard_above)
+    return jax.jit(create, out_shardings=shardings)(variables)
 
 
 def state_shardings(state: TrainState, mesh: Mesh, shard_above: int = 0) -> TrainState:
