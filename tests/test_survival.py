@@ -408,11 +408,16 @@ def small_disk(tmp_path):
 
 
 @careless
+# Orbax leaves the coroutines of a failed save unawaited; they are collected here, and not in a test that comes later.
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_stops_the_run_and_spares_the_last_checkpoint(small_disk, tmp_path):
     given = dict(plan=toy.plan((0, 0, 40)), checkpoint=CheckpointConfig(every=2, keep=50))
     with pytest.raises(InputError, match=r"could not be written|cannot be written") as stopped:
         toy.run(small_disk / "W", **given)
     assert "checkpoint" in str(stopped.value) and "whole" in str(stopped.value)
+    del stopped
+    gc.collect()
     saved = sorted(int(p.name) for p in (small_disk / "W" / "checkpoints").iterdir() if p.name.isdigit())
     assert saved and saved[-1] < 40
     shutil.copytree(small_disk / "W", tmp_path / "W", ignore=shutil.ignore_patterns("*orbax-checkpoint-tmp*"))
