@@ -90,7 +90,8 @@ RECIPE = {
     "optim.learning_rate": 0.2,
     "smoothing": 0.0,
 }
-UNUSED = {"size"} | {f"model.{k}" for k in ("branch", "stem", "downsample", "patch", "members")}
+FIXED = ("branch", "stem", "downsample", "patch", "members", "projection", "attention", "keep")
+UNUSED = {"size"} | {f"model.{k}" for k in FIXED}
 SOURCES = {
     "tfds:mnist": {},
     # 1,797 images: more passes over them.

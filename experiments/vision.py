@@ -2,6 +2,8 @@
 
 * `taps`: one trunk, tapped at one depth per level; the coarser, the shallower.
 * `branches`: one branch per level, each with its own view; the coarser, the lower the resolution.
+* `separable`: one trunk of separable convolutions; each level's features are projected to a granularity of its own, with
+  attention among its positions if asked for (`model.attention`), or among those that matter (`model.keep`), and fused.
 * `ensemble`: submodels of one kind that each answer every level; their probabilities are averaged.
 * `flat`: the finest level alone; a baseline. Its coarser answers are the finest one's ancestors.
 * `separate`: one model per level, which share nothing; a baseline.
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from mgjax.branches import MLP, NAMED_BRANCHES, Branch, ConvNet, ResNet, SeparableNet, ViT
 from mgjax.branches.base import scale_width
@@ -43,6 +46,7 @@ from mgjax.granularity import (
 from mgjax.layers import ACTIVATIONS, activation
 from mgjax.layers.norm import NORMS
 from mgjax.model import MultiGranularityModel
+from mgjax.projection import GranularityProjection
 from mgjax.taxonomy import Taxonomy
 from mgjax.train import Stage, TrainConfig, coarse_to_fine
 from mgjax.views import scaled
@@ -56,7 +60,7 @@ class ModelConfig:
     branch: str = key(
         "resnet18", "what extracts features; one with a number has the published blocks and widths", choices=BRANCHES
     )
-    stem: str = key("imagenet", "of residual networks", choices=tuple(STEMS))
+    stem: str = key("imagenet", "of residual networks; conv and separable know patch alone", choices=tuple(STEMS))
     widths: tuple[int, ...] = key(
         (64, 128, 256), "channels per stage of resnet, conv and separable, units per layer of mlp", low=1
     )
@@ -70,6 +74,11 @@ class ModelConfig:
     dtype: str = key("float32", "of the computation; parameters and losses are float32", choices=tuple(DTYPES))
     fusion: str = key("concat", "of the granularities, where a form has a fusion", choices=tuple(FUSIONS))
     fusion_width: int = key(256, "of the fused vector", low=1)
+    projection: int = key(128, "width of each granularity, where a form projects", low=1)
+    attention: int = key(0, "blocks of attention among the positions of each granularity, where a form projects", low=0)
+    keep: float = key(
+        1.0, "share of the positions that each granularity keeps, by a learned score, where a form projects", low=0.01, high=1
+    )
     members: int = key(2, "submodels of an ensemble", low=1)
     view_scale: float = key(1.0, "resolution to which every view is reduced, and then brought back", low=0.01, high=1)
     denoise: str = key("none", "what takes the noise from every view", choices=("none", *DENOISERS))
@@ -110,13 +119,14 @@ class Form(NamedTuple):
     """What a form declares.
 
     Attributes:
-        granularities, heads, branches, fusion: of the model.
+        granularities, heads, branches, fusion, projections: of the model.
     """
 
     granularities: list[Granularity]
     heads: list[Head]
     branches: dict[str, Branch]
     fusion: Fusion | None = None
+    projections: Mapping[str, GranularityProjection] = {}
 
 
 def taps(config: ModelConfig, levels: Sequence[str], shape: Sequence[int]) -> Form:
@@ -133,6 +143,25 @@ def branches(config: ModelConfig, levels: Sequence[str], shape: Sequence[int]) -
     granularities = [Granularity(l, l, deepest(made[l]), view_of(config, s)) for l, s in zip(levels, scales)]
     heads = [Head(l, {l: "grad", FUSED: "stop"}) for l in levels[:-1]] + [Head(levels[-1], {FUSED: "grad"})]
     return Form(granularities, heads, made, fusion_of(config))
+
+
+def separable(config: ModelConfig, levels: Sequence[str], shape: Sequence[int]) -> Form:
+    trunk = branch_of(config, shape)
+    granularities = [Granularity(l, "trunk", tap, view_of(config)) for l, tap in zip(levels, taps_of(trunk, len(levels)))]
+    heads = [Head(l, {l: "grad", FUSED: "stop"}) for l in levels[:-1]] + [Head(levels[-1], {FUSED: "grad"})]
+    project = GranularityProjection(
+        config.projection,
+        keep=config.keep if config.keep < 1 else None,
+        blocks=config.attention,
+        norm=config.norm,
+        activation=nn.relu if config.activation == "auto" else activation(config.activation),
+        dtype=DTYPES[config.dtype],
+    )
+    if config.keep < 1 and config.fusion in ("cross_attention", "pyramid"):
+        raise ConfigError(f"model.fusion={config.fusion} reads maps, of which model.keep={config.keep} leaves none")
+    if config.attention and config.projection % project.heads:
+        raise ConfigError(f"{project.heads} heads of attention do not divide model.projection={config.projection}")
+    return Form(granularities, heads, {"trunk": trunk}, fusion_of(config), {l: project.clone() for l in levels})
 
 
 def ensemble(config: ModelConfig, levels: Sequence[str], shape: Sequence[int]) -> Form:
@@ -158,7 +187,7 @@ def linear(config: ModelConfig, levels: Sequence[str], shape: Sequence[int]) -> 
     return Form([pixels], heads, {"pixels": MLP(math.prod(shape), ())})
 
 
-FORMS: dict[str, Callable[..., Form]] = {f.__name__: f for f in (taps, branches, ensemble, flat, separate, linear)}
+FORMS: dict[str, Callable[..., Form]] = {f.__name__: f for f in (taps, branches, separable, ensemble, flat, separate, linear)}
 
 
 def build_model(
@@ -180,7 +209,9 @@ def build_model(
         made = forms[form](dataclasses.replace(config, width=width), taxonomy.levels, image_shape)
         answered = {h.task for h in made.heads}
         tasks = [Task(l, l, taxonomy.size(l), l) for l in taxonomy.levels if l in answered]
-        return MultiGranularityModel(made.granularities, tasks, made.heads, made.branches, made.fusion, config.dropout)
+        return MultiGranularityModel(
+            made.granularities, tasks, made.heads, made.branches, made.fusion, config.dropout, made.projections
+        )
 
     if config.match in ("", form):
         return build(form, config.width)
@@ -280,10 +311,14 @@ def deepest(branch: Branch) -> str:
 
 
 def taps_of(branch: Branch, count: int) -> list[str]:
-    """`count` taps, the shallower for the coarser: the last ones, or spread evenly where all are of one size."""
+    """`count` taps, the shallower for the coarser: the deepest ones, of a reduction each if there are as many, or spread
+    evenly where all are of one size."""
     taps = list(branch.feature_info)
     if len(set(branch.feature_info.values())) == 1:
         return [taps[max(0, round((i + 1) * len(taps) / count) - 1)] for i in range(count)]
+    of_reduction = {info.reduction: tap for tap, info in branch.feature_info.items()}
+    if len(of_reduction) >= count:
+        taps = list(of_reduction.values())
     return [taps[max(0, len(taps) - count + i)] for i in range(count)]
 
 
@@ -299,7 +334,7 @@ def branch_of(config: ModelConfig, image_shape: Sequence[int], scale: float = 1.
     if config.activation != "auto":
         common["activation"] = activation(config.activation)
     published = NAMED_BRANCHES.get(config.branch)
-    if config.norm != "batch" and config.branch.startswith(("vgg", "vit")):
+    if config.norm != "batch" and config.branch.startswith(("vgg", "vit", "convnext")):
         raise ConfigError(f"'{config.branch}' has the norm that it was published with, not model.norm={config.norm}")
     if published and isinstance(branch := published(width=config.width, **common), ViT):
         patch = config.patch if branch.stem == "patch" else 1
@@ -310,6 +345,8 @@ def branch_of(config: ModelConfig, image_shape: Sequence[int], scale: float = 1.
     if published:
         if isinstance(branch, ResNet):
             branch = branch.clone(stem=config.stem, downsample=config.downsample, norm=config.norm)
+        elif config.norm != "batch":
+            branch = branch.clone(norm=config.norm)
         blocks, widths, make = branch.blocks, branch.widths, branch.clone
     else:
         common["norm"] = config.norm
@@ -320,6 +357,8 @@ def branch_of(config: ModelConfig, image_shape: Sequence[int], scale: float = 1.
             common |= dict(stem=config.stem, stem_width=widths[0], downsample=config.downsample)
         elif config.branch == "conv":
             common["stem"] = "patch" if config.stem == "patch" else "none"
+        elif config.stem == "patch":
+            common["stem_patch"] = 2
         kind = {"resnet": ResNet, "conv": ConvNet, "separable": SeparableNet}[config.branch]
         make = functools.partial(kind, **common)
     # A map narrower than two pixels tells nothing that its mean does not.

@@ -19,7 +19,7 @@ from mgjax.granularity import (
 from mgjax.model import MultiGranularityModel
 from mgjax.taxonomy import Taxonomy
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = [
     "Batch",
     "Compose",

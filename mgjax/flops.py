@@ -13,6 +13,7 @@ _ELEMENTWISE = frozenset(
     "sin cos tan erf erfc erf_inv neg abs add_any square".split()
 )
 _REDUCE = frozenset("reduce_sum reduce_max reduce_min reduce_prod cumsum cumprod cummax cummin cumlogsumexp".split())
+_DEPTHWISE = ("depthwise_convolve", "depthwise_input_gradient", "depthwise_kernel_gradient")
 
 
 class Flops(NamedTuple):
@@ -67,6 +68,10 @@ def count_jaxpr(jaxpr) -> Flops:
             taps = math.prod(kernel[d] for d in spec.rhs_spec[1:])  # input features per group and window
             # Zeros that a transposed convolution puts between the inputs are not computed.
             matmul += 2 * math.prod(out.shape) * taps // math.prod(eqn.params["lhs_dilation"])
+        elif name in _DEPTHWISE:
+            # Of mgjax.ops.depthwise: the window's taps for every number of the output, forward and in both gradients.
+            output = (out, eqn.invars[0].aval, eqn.invars[1].aval)[_DEPTHWISE.index(name)]
+            matmul += 2 * math.prod(output.shape) * math.prod(eqn.params["geometry"].window)
         elif name in _ELEMENTWISE and _floating(out):
             elementwise += math.prod(out.shape)
         elif name in _REDUCE and _floating(out):

@@ -1,7 +1,8 @@
-"""The composition: views → branches → fusion → heads, in two methods with one seam."""
+"""The composition: views → branches → projections → fusion → heads, in two methods with one seam."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
@@ -32,6 +33,7 @@ class MultiGranularityModel(nn.Module):
         branches: name → branch.
         fusion: makes `"fused"` of the features of all active granularities.
         dropout: of the heads.
+        projections: granularity → module that makes its features of what its branch saw; without one they are that.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -54,6 +56,7 @@ class MultiGranularityModel(nn.Module):
     branches: Mapping[str, nn.Module]
     fusion: nn.Module | None = None
     dropout: float = 0.0
+    projections: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
 
     def setup(self):
         check_declarations(self.granularities, self.tasks, self.heads, self.branches)
@@ -61,6 +64,8 @@ class MultiGranularityModel(nn.Module):
             taps = self.branches[g.branch].feature_info
             if g.tap not in taps:
                 raise DeclarationError(f"granularity '{g.name}' reads tap '{g.tap}'; '{g.branch}' has {list(taps)}")
+        if unknown := set(self.projections) - {g.name for g in self.granularities}:
+            raise DeclarationError(f"projections of {sorted(unknown)}, which are no granularities")
         if self.fusion is None and (wants := [h.name for h in self.heads if FUSED in h.sources]):
             raise DeclarationError(f"heads {wants} read '{FUSED}', but the model has no fusion")
         task = {t.name: t for t in self.tasks}
@@ -76,7 +81,7 @@ class MultiGranularityModel(nn.Module):
         return self.answer(self.features(inputs, op, train=train), op, present=present, train=train)
 
     def features(self, inputs: Mapping, op: OperatingPoint, *, train: bool) -> dict[str, Features]:
-        """Runs the branches of the active granularities, each only down to its deepest active tap.
+        """Runs the branches of the active granularities, each only down to its deepest active tap, and their projections.
 
         Args:
             inputs: `Batch.inputs`, with normalised floating images [B, H, W, C].
@@ -98,7 +103,11 @@ class MultiGranularityModel(nn.Module):
             with jax.named_scope(f"branch_{branch}"):
                 taps = tuple(sorted({g.tap for g in readers}))
                 at_tap = self.branches[branch](apply_view(inputs, view, op.resolution), taps=taps, train=train)
-            result |= {g.name: at_tap[g.tap] for g in readers}
+            for g in readers:
+                result[g.name] = at_tap[g.tap]
+                if g.name in self.projections:
+                    with jax.named_scope(f"projection_{g.name}"):
+                        result[g.name] = self.projections[g.name](at_tap[g.tap], train=train)
         return result
 
     def answer(

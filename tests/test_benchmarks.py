@@ -4,15 +4,61 @@ import json
 import os
 
 import numpy as np
+import pytest
 
-from experiments.benchmarks import convolution, kill_resume
+from experiments.benchmarks import convolution, depthwise, kill_resume
+from mgjax.branches import MobileNetV2
+from mgjax.ops.depthwise import shift
 
 
 def test_convolution(tmp_path, capsys):
     convolution.main(["--rounds=1", "--batch=1", f"--json={tmp_path / 'figures.json'}"])
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert len(figures) == 2 * len(convolution.cases(1)) + 6 and all(v > 0 for v in figures.values())
+    assert len(figures) == 2 * len(convolution.cases(1)) + 3 and all(v > 0 for v in figures.values())
     assert "by stride" in capsys.readouterr().out
+
+
+def test_depthwise(tmp_path, capsys):
+    file, shapes = tmp_path / "figures.json", "2x6x6x8k3s2,2x9x8k3"
+    depthwise.main(["--only=ops", "--rounds=2", f"--shapes={shapes}", f"--json={file}"])
+    figures = json.loads(file.read_text())
+    assert all(np.isfinite(v) and v >= 0 for v in figures.values())
+    for shape in ("2×6×6×8 k3 s2", "2×9×8 k3"):
+        for which in depthwise.PASSES:
+            assert {f"{shape} {which} {what}" for what in ("auto ms", "lax ms", "lax / auto", "of a copy")} <= set(figures)
+    means = {f"geometric mean, {which} lax / auto" for which in depthwise.PASSES}
+    assert {mean + end for mean in means for end in ("", " lower quartile", " upper quartile")} <= set(figures)
+    assert "geometric mean" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["convolve", "input_gradient", "kernel_gradient"])
+def test_depthwise_notices_what_is_wrong(name, monkeypatch):
+    right = getattr(shift, name)
+    monkeypatch.setattr(shift, name, lambda *args: right(*args) * 1.001)
+    wrong = {"convolve": "result", "input_gradient": "gradient of x", "kernel_gradient": "gradient of the kernel"}[name]
+    with pytest.raises(SystemExit, match=f"auto: the {wrong} differs"):
+        depthwise.main(["--only=ops", "--rounds=1", "--shapes=2x9x8k3"])
+
+
+def test_depthwise_shapes():
+    with pytest.raises(SystemExit, match="is no shape as"):
+        depthwise.main(["--shapes=8x8x3k3,8x8k3"])
+    assert str(depthwise.Shape.parse("8x112x112x32k3s2")) == "8×112×112×32 k3 s2"
+    assert depthwise.Shape.parse("2x9x8k3s2").arrays == ((2, 9, 8), (3, 1, 8), (2, 5, 8))
+
+
+def test_depthwise_step(monkeypatch):
+    branch = MobileNetV2(widths=(8,), blocks=1, expansions=1, strides=1, stem_width=8, head_width=None)
+    figures = depthwise.compare_steps(branch, batch=2, side=4, rounds=1, say=print)
+    assert len(figures) == 9 and all(v > 0 for v in figures.values())
+    monkeypatch.setattr(depthwise, "as_flax", lambda call, args, kwargs, context: call(*args, **kwargs))
+    with pytest.raises(SystemExit, match="has our depthwise convolution"):
+        depthwise.compare_steps(branch, batch=2, side=4, rounds=1, say=print)
+    monkeypatch.undo()
+    right = shift.kernel_gradient
+    monkeypatch.setattr(shift, "kernel_gradient", lambda *args: 2 * right(*args))
+    with pytest.raises(SystemExit, match="the gradient differs"):
+        depthwise.compare_steps(branch, batch=2, side=4, rounds=1, say=print)
 
 
 def test_kill_resume(tmp_path, capsys):

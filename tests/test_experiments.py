@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from experiments import common, digits_mg, imagenet_mg
-from experiments.vision import FORMS, build_model, build_plan, points_of
+from experiments.vision import FORMS, branch_of, build_model, build_plan, points_of, taps_of
 from mgjax import Taxonomy
 from mgjax import config as cfg
 from mgjax.branches import NAMED_BRANCHES
 from mgjax.config import ConfigError
 from mgjax.data import procedural
 from mgjax.errors import InputError
+from mgjax.flops import count_flops
 from mgjax.taxonomy import wordnet
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -97,6 +98,38 @@ def test_other_branches_fit_every_form(dataset, branch):
             assert {f"branches_{g.branch}" for g in model.granularities if g.name in stage.op.active} <= set(made["params"])
 
 
+def test_attention_and_sampling_of_the_separable_preset():
+    image = {"image": jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)}
+    costs, sizes = {}, {}
+    for attention, keep in ((0, 1.0), (1, 1.0), (1, 0.5)):
+        config = configured(**{"preset": "separable", "model.attention": attention, "model.keep": keep})
+        model = build_model(config.model, "separable", procedural.taxonomy(), (32, 32, 3))
+        init = lambda x, m=model: m.init(jax.random.key(0), x, m.everything, train=False)
+        variables = jax.eval_shape(init, image)
+        at = attention, keep
+        sizes[at] = {k for k in variables["params"]["projections_part"]}
+        costs[at] = count_flops(lambda v, x, m=model: m.apply(v, x, m.everything, train=False), variables, image).matmul
+    assert sizes == {(0, 1.0): {"project"}, (1, 1.0): {"project", "block1"}, (1, 0.5): {"project", "sample", "block1"}}
+    assert costs[0, 1.0] < costs[1, 0.5] < costs[1, 1.0]
+    with pytest.raises(cfg.ConfigError, match=r"4 heads.*model.projection=30"):
+        build_model(configured(**{"preset": "separable", "model.attention": 1, "model.projection": 30}).model,
+                    "separable", procedural.taxonomy(), (32, 32, 3))  # fmt: skip
+
+
+def test_granularities_are_read_at_different_reductions():
+    for branch in ("mobilenet_v2", "xception", "vgg16"):
+        made = branch_of(configured(**{"model.branch": branch}).model, (224, 224, 3))
+        reductions = [made.feature_info[tap].reduction for tap in taps_of(made, 3)]
+        assert reductions == [8, 16, 32]
+
+
+@pytest.mark.parametrize("branch", ["mobilenet_v1", "mobilenet_v2_cifar", "xception"])
+def test_a_norm_that_is_asked_for_is_the_branchs(branch):
+    assert branch_of(configured(**{"model.branch": branch, "model.norm": "group"}).model, (64, 64, 3)).norm == "group"
+    with pytest.raises(cfg.ConfigError, match=r"convnext_t.*model.norm=group"):
+        branch_of(configured(**{"model.branch": "convnext_t", "model.norm": "group"}).model, (64, 64, 3))
+
+
 @pytest.mark.parametrize("branch", NAMED_BRANCHES)
 def test_every_published_branch_fits_small_images(branch):
     given = {"model.branch": branch, "model.stem": "cifar", "model.patch": 8, "model.width": 0.125, "model.activation": "silu"}
@@ -145,7 +178,7 @@ def shrunk(tmp_path, **given):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_preset_shrunk_for_a_few_steps(form, tmp_path):
     facts = shrunk(tmp_path, preset=form)
-    stages = {"taps": 4, "branches": 4, "ensemble": 3, "flat": 2, "separate": 2, "linear": 1}[form]
+    stages = {"taps": 4, "branches": 4, "separable": 4, "ensemble": 3, "flat": 2, "separate": 2, "linear": 1}[form]
     assert len(facts["stages"]) == stages and facts["steps"] == 2 * stages
     assert set(facts["test"]["levels"]) == {"form", "part", "texture"}
     assert facts["test"]["inconsistency"] == 0 and facts["test"]["examples"] == 96

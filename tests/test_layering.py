@@ -20,9 +20,11 @@ ORDER = [
     "views",
     "layers",
     "branches",
+    "projection",
     "fusion",
     "heads",
     "model",
+    "pretrained",
     "cost",
     "decode",
     "losses",
@@ -31,7 +33,21 @@ ORDER = [
     "data",
     "train",
 ]
-MODEL = {"cost", "branches", "fusion", "heads", "model", "layers", "decode", "losses", "objective", "metrics", "views"}
+MODEL = {
+    "cost",
+    "branches",
+    "projection",
+    "fusion",
+    "heads",
+    "model",
+    "layers",
+    "decode",
+    "losses",
+    "objective",
+    "metrics",
+    "views",
+}
+MODEL |= {"pretrained"}
 # What a package must not import, although it stands above.
 FORBIDDEN = {"data": MODEL, "train": MODEL | {"data", "taxonomy"}, "ops": {"taxonomy", "granularity", "contracts", "config"}}
 # Within a package files may import each other; these third parties must stay out of a layer.

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from mgjax import ops
 from mgjax.branches import ConvNet
 from mgjax.errors import InputError
 from mgjax.flops import count_flops
@@ -19,8 +20,12 @@ from mgjax.layers import (
     ACTIVATIONS,
     AttentionPool,
     Conv,
+    ConvNeXtBlock,
+    DepthwiseConv,
     DropPath,
     FeaturePyramid,
+    InvertedResidual,
+    LinearSeparable,
     MLPBlock,
     MultiHeadAttention,
     NestedConv,
@@ -29,7 +34,9 @@ from mgjax.layers import (
     Projection,
     SeparableConv,
     SqueezeExcite,
+    TokenSampling,
     TransformerBlock,
+    XceptionBlock,
     activation,
 )
 from mgjax.train.mesh import make_mesh
@@ -47,7 +54,21 @@ THERE = jnp.arange(5)[None] < jnp.array([5, 4, 3, 2, 1, 5, 4, 3])[:, None]
 LAYERS = {
     "conv": (Conv(4, norm="group", use_bias=True), (MAP,), dict(train=True)),
     "separable": (SeparableConv(4), (MAP,), dict(train=False)),
+    "inverted_residual": (InvertedResidual(8, expansion=2), (MAP,), dict(train=False)),
+    "inverted_residual_narrow": (
+        InvertedResidual(4, expansion=1, stride=2, norm="none", use_bias=True, activation=activation("silu")),
+        (MAP,),
+        dict(train=True),
+    ),
+    "linear_separable": (LinearSeparable(4, stride=2), (MAP,), dict(train=False)),
+    "xception_block": (XceptionBlock((4, 8), stride=2), (MAP,), dict(train=False)),
+    "xception_block_same": (XceptionBlock((8, 8), norm="group", activation=activation("silu")), (MAP,), dict(train=True)),
+    "convnext_block": (ConvNeXtBlock(5, layer_scale=1.0), (MAP,), dict(train=True)),
+    "convnext_block_of_tokens": (ConvNeXtBlock(3, norm="none", layer_scale=0.0), (TOKENS,), dict(train=False)),
+    "separable_1d": (SeparableConv(4, kernel=5, stride=2, dilation=2, padding="causal"), (TOKENS,), dict(train=False)),
+    "depthwise": (DepthwiseConv(3, multiplier=2, padding="SAME", use_bias=True), (MAP,), {}),
     "projection": (Projection(4, activation=activation("silu")), (MAP,), dict(train=False)),
+    "projection_1d": (Projection(4, norm="group"), (TOKENS,), dict(train=True)),
     "squeeze_excite": (SqueezeExcite(4), (MAP,), {}),
     "attention": (MultiHeadAttention(2), (MAP,), {}),
     "attention_across": (
@@ -69,6 +90,8 @@ LAYERS = {
         (MAP, normal(8, 4, 3, 5)),
         dict(call=lambda layer, fine, coarse: layer({"fine": fine, "coarse": coarse}, train=False)),
     ),
+    "token_sampling": (TokenSampling(3), (TOKENS, THERE), dict(call=lambda layer, x, m: layer(x, mask=m).tokens)),
+    "token_sampling_of_a_map": (TokenSampling(0.25, norm="none"), (MAP,), dict(call=lambda layer, x: layer(x).tokens)),
     "patch_embed": (PatchEmbed(4, patch=4), (MAP,), {}),
     "mlp_block": (MLPBlock(16), (TOKENS,), dict(train=True)),
     "transformer_block": (
@@ -272,6 +295,55 @@ def test_a_transformer_block_has_its_norm_by_argument(norm):
     assert y.shape == x.shape and np.isfinite(y).all()
 
 
+# ---------------------------------------------------------------------- blocks of published networks
+
+
+def test_an_xception_block_has_nothing_between_its_convolutions_and_activates_before_them():
+    block = XceptionBlock((4, 6), stride=2)
+    variables = initialise(block, MAP, train=True)
+    assert set(variables["params"]["separable1"]) == {"depthwise", "pointwise"}
+    assert set(variables["params"]) == {"separable1", "separable2", "shortcut"}
+    # An input below 0 reaches the result by the shortcut alone; without the first activation by both.
+    dark = -jnp.abs(MAP)
+    for preactivate in (True, False):
+        way = block.clone(preactivate=preactivate)
+        zero = jax.tree.map(jnp.zeros_like, variables["params"]["shortcut"])
+        inner = variables | {"params": variables["params"] | {"shortcut": zero}}
+        moved = way.apply(inner, dark, train=False) - way.apply(inner, 2 * dark, train=False)
+        assert (np.abs(moved).max() > 1e-3) != preactivate
+    # Both paddings halve the map; where its side is even their windows begin elsewhere.
+    for side in (6, 5):
+        x = MAP[:, :side, :side]
+        same, symmetric = (block.clone(padding=p).apply(variables, x, train=False) for p in ("SAME", "symmetric"))
+        assert same.shape == symmetric.shape == (8, 3, 3, 6)
+        assert bool((same == symmetric).all()) == (side == 5)
+
+
+def test_a_convnext_block_starts_as_nearly_nothing_and_is_left_out_example_by_example():
+    block = ConvNeXtBlock()
+    variables = initialise(block, MAP, train=False)
+    np.testing.assert_allclose(variables["params"]["scale"], np.full(8, 1e-6), rtol=1e-6)
+    np.testing.assert_allclose(block.apply(variables, MAP, train=False), MAP, atol=1e-4)
+    assert "scale" not in ConvNeXtBlock(layer_scale=0.0).init(KEY, MAP, train=False)["params"]
+    dropping = ConvNeXtBlock(layer_scale=1.0, drop_path=0.5)
+    variables = initialise(dropping, MAP, train=False)
+    moved = dropping.apply(variables, MAP, train=True, rngs={"dropout": KEY}) - MAP
+    whole = dropping.apply(variables, MAP, train=False) - MAP
+    kept = (np.abs(moved).max((1, 2, 3)) > 0)[:, None, None, None]
+    assert kept.any() and not kept.all()
+    np.testing.assert_allclose(moved, np.where(kept, 2 * whole, 0), rtol=1e-3, atol=1e-5)
+
+
+def test_blocks_say_what_is_wrong():
+    for block, says in (
+        (XceptionBlock(()), "widths"),
+        (XceptionBlock((4,), padding="VALID"), "'SAME' or 'symmetric'.*'VALID'"),
+        (ConvNeXtBlock(norm="nrom"), "nrom"),
+    ):
+        with pytest.raises(InputError, match=says):
+            block.init(KEY, MAP, train=False)
+
+
 # ---------------------------------------------------------------------- nested widths
 
 
@@ -384,15 +456,28 @@ def test_squeeze_and_excitation_gates_channels_by_the_mean_of_the_map():
 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
-def test_a_projection_is_the_same_over_map_tokens_and_vector(norm):
-    layer = Projection(4, norm=norm)
+def test_a_pointwise_projection_is_the_same_over_map_tokens_and_vector(norm):
+    layer = Projection(4, kernel=1, norm=norm)
     variables = initialise(layer, MAP, train=False)
-    assert variables["params"]["dense"]["kernel"].shape == (8, 4)
-    assert ("bias" in variables["params"]["dense"]) == (norm == "none")
+    assert set(variables["params"]) == {"pointwise"}
+    assert variables["params"]["pointwise"]["dense"]["kernel"].shape == (8, 4)
+    assert ("bias" in variables["params"]["pointwise"]["dense"]) == (norm == "none")
     y = layer.apply(variables, MAP, train=False)
     for shape in ((8, 36), (288,)):
         flat = layer.apply(variables, MAP.reshape(*shape, 8), train=False)
         np.testing.assert_allclose(flat, y.reshape(*shape, 4), rtol=1e-5, atol=1e-6)
+
+
+def test_a_projection_is_a_separable_convolution_of_maps_and_tokens_and_linear_of_vectors():
+    layer = Projection(4, norm="none", activation=None)
+    for x, kernel in ((MAP, (3, 3, 1, 8)), (TOKENS, (3, 1, 8))):
+        params = initialise(layer, x, train=False)["params"]
+        assert params["depthwise"]["kernel"].shape == kernel and params["depthwise"]["bias"].shape == (8,)
+        y = layer.apply({"params": params}, x, train=False)
+        between = ops.depthwise_conv(x, params["depthwise"]["kernel"], padding=((1, 1),) * (x.ndim - 2))
+        np.testing.assert_allclose(y, between @ params["pointwise"]["dense"]["kernel"], rtol=1e-4, atol=1e-5)
+    vector = initialise(layer, MAP[:, 0, 0], train=False)["params"]
+    assert set(vector) == {"pointwise"}
 
 
 def test_a_convolution_takes_bias_and_epsilon_by_argument():

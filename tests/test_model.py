@@ -11,6 +11,7 @@ from mgjax.branches import ResNet, SeparableNet
 from mgjax.flops import count_flops
 from mgjax.fusion import ConcatFusion
 from mgjax.granularity import DeclarationError
+from mgjax.projection import GranularityProjection
 
 TASKS = [Task("super", "super", 3), Task("sub", "sub", 6)]
 INPUTS = {"image": jax.random.normal(jax.random.key(0), (4, 16, 16, 3))}
@@ -46,7 +47,21 @@ def ensemble():
     )
 
 
-FORMS = {"taps": taps, "branches": branches, "ensemble": ensemble}
+def projected():
+    return MultiGranularityModel(
+        [Granularity("coarse", "trunk", "stage1"), Granularity("fine", "trunk", "stage2")],
+        TASKS,
+        [Head("super", {"coarse": "grad", "fused": "stop"}), Head("sub", {"fused": "grad"})],
+        {"trunk": SeparableNet((4, 8), 1)},
+        ConcatFusion(6),
+        projections={
+            "coarse": GranularityProjection(4, keep=0.25, blocks=1, heads=2),
+            "fine": GranularityProjection(8),
+        },
+    )
+
+
+FORMS = {"taps": taps, "branches": branches, "ensemble": ensemble, "projected": projected}
 TABLE = pytest.mark.parametrize("form", FORMS)
 
 
@@ -192,6 +207,7 @@ def declare(**changes):
         (lambda: declare(granularities=[Granularity("g", "x", "stage1")]), "names branch 'x'"),
         (lambda: declare(granularities=[Granularity("g", "b", "stage7")]), "reads tap 'stage7'"),
         (lambda: declare(granularities=[Granularity("g", "b", "stem")] * 2), "two declarations of granularity"),
+        (lambda: declare(projections={"h": GranularityProjection(4)}), r"projections of \['h'\]"),
         (lambda: declare(granularities=[]), "at least one granularity"),
         (lambda: declare(heads=[Head("t", {"h": "grad"})]), "reads .*'h'"),
         (lambda: declare(heads=[Head("u", {"g": "grad"})]), "answers task 'u'"),

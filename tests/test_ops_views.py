@@ -6,8 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.ndimage
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mgjax import Granularity, Head, MultiGranularityModel, Task, ops
 from mgjax.branches import ResNet
@@ -15,52 +13,6 @@ from mgjax.flops import count_flops
 from mgjax.granularity import Compose, DeclarationError, Denoise, Grey, Identity, Region, Resize
 from mgjax.layers import SeparableConv
 from mgjax.views import apply_view
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    size=st.tuples(st.integers(1, 7), st.integers(1, 7)),
-    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    channels=st.integers(1, 3),
-    multiplier=st.integers(1, 2),
-    padding=st.sampled_from(["SAME", ((2, 1), (3, 4))]),
-)
-def test_shifted_depthwise_convolution_is_laxs(size, kernel, strides, channels, multiplier, padding):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, *size, channels)).astype(np.float32)
-    weights = rng.normal(size=(*kernel, 1, channels * multiplier)).astype(np.float32)
-    results = [ops.depthwise_conv(x, weights, strides=strides, padding=padding, impl=i) for i in ("xla", "shift")]
-    np.testing.assert_allclose(results[0], results[1], rtol=1e-4, atol=1e-5)
-
-
-def test_depthwise_gradients_agree():
-    x = jax.random.normal(jax.random.key(0), (2, 6, 5, 3))
-    weights = jax.random.normal(jax.random.key(1), (3, 3, 1, 3))
-    grad = lambda impl: jax.grad(lambda x, w: (ops.depthwise_conv(x, w, strides=(2, 1), impl=impl) ** 2).sum(), argnums=(0, 1))(
-        x, weights
-    )
-    for a, b in zip(grad("xla"), grad("shift")):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "x, kernel, options, says",
-    [
-        ((1, 4, 4, 2), (3, 3, 2, 2), {}, r"\(1, 4, 4, 2\) and \(3, 3, 2, 2\)"),
-        ((1, 4, 4, 2), (3, 3, 1, 3), {}, r"\(3, 3, 1, 3\)"),
-        ((1, 2, 2, 2), (3, 3, 1, 2), {"padding": "VALID", "impl": "shift"}, "larger than the padded input"),
-        ((1, 4, 4, 2), (3, 3, 1, 2), {"impl": "magic"}, "magic"),
-    ],
-)
-def test_depthwise_bad_input(x, kernel, options, says):
-    with pytest.raises(ValueError, match=says):
-        ops.depthwise_conv(jnp.ones(x), jnp.ones(kernel), **options)
-
-
-def test_depthwise_refuses_integers():
-    with pytest.raises(ValueError, match="int32"):
-        ops.depthwise_conv(jnp.ones((1, 4, 4, 2), jnp.int32), jnp.ones((3, 3, 1, 2)))
 
 
 def test_separable_conv_counts_its_parameters():

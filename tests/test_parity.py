@@ -8,9 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mgjax.branches import NAMED_BRANCHES, resnet, vgg, vit
+from mgjax.branches import NAMED_BRANCHES, convnext, mobilenet, resnet, vgg, vit, xception
 from tests import torch_models
-from tests.torch_models import RESNET_RULES, VIT_RULES, Rule, convert, randomise, state_of, vgg_rules
+from tests.torch_models import (
+    CONVNEXT_RULES,
+    RESNET_RULES,
+    VIT_RULES,
+    XCEPTION_RULES,
+    Rule,
+    convert,
+    mobilenet_rules,
+    randomise,
+    state_of,
+    vgg_rules,
+)
 
 
 def test_a_map_that_leaves_something_out_is_refused():
@@ -134,7 +145,76 @@ def test_vit(name, patch, size, record_property):
     compare(f"{name}/{patch}", branch, model, VIT_RULES, x, theirs, record_property)
 
 
+@pytest.mark.parametrize("name", convnext.NAMED)
+def test_convnext(name, record_property):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    branch, x = NAMED_BRANCHES[name](), images(64)
+    model = torch_models.torch_convnext(branch.blocks, branch.widths, branch.stem_patch, branch.halvings)
+    randomise(model, first_channels(x))
+    theirs, y = {}, first_channels(x)
+    with torch.no_grad():
+        for i, layer in enumerate(model.features):
+            y = layer(y)
+            if i == 0 or i % 2:
+                theirs["stem" if i == 0 else f"stage{i // 2 + 1}"] = (last_channels(y), y.mean((2, 3)))
+        theirs["stage4"] = (last_channels(y), model.classifier(model.avgpool(y)))
+    assert list(theirs) == list(branch.feature_info)
+    compare(name, branch, model, CONVNEXT_RULES, x, theirs, record_property)
+
+
+@pytest.mark.parametrize("name", xception.NAMED)
+def test_xception(name, record_property):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    small = name.endswith("_cifar")
+    size = 32 if small else 96  # maps of even and of odd sides: 47, 45, 23, 12, 6, 3
+    branch, x = NAMED_BRANCHES[name](), images(size)
+    model = torch_models.torch_xception(*((1, 1, 1) if small else (2, 0, 2)))
+    randomise(model, first_channels(images(size, 8)))
+    theirs = {}
+    with torch.no_grad():
+        y = model.stem2(model.stem1(first_channels(x)))
+        theirs["stem"] = (last_channels(y), y.mean((2, 3)))
+        for i, block in enumerate(model.blocks):
+            y = block(y)
+            if i in (0, 1, 10, 11):
+                theirs[f"stage{len(theirs)}"] = (last_channels(y), y.mean((2, 3)))
+        y = model.exit2(model.exit1(y))
+        theirs["exit"] = (last_channels(y), y.mean((2, 3)))
+    assert list(theirs) == list(branch.feature_info)
+    compare(name, branch, model, XCEPTION_RULES, x, theirs, record_property)
+
+
+MOBILENETS = (*mobilenet.NAMED_V1, *mobilenet.NAMED_V2)
+
+
+@pytest.mark.parametrize("name", MOBILENETS)
+def test_mobilenet(name, record_property):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    size = 32 if name.endswith("_cifar") else 96
+    branch, x = NAMED_BRANCHES[name](), images(size)
+    model = randomise(torch_models.torch_mobilenet(branch), first_channels(images(size, 8)))
+    ends = list(np.cumsum([1, *branch.blocks, 1]))[: len(branch.feature_info)]  # layers up to each tap
+    theirs, y, taps = {}, first_channels(x), iter(branch.feature_info)
+    with torch.no_grad():
+        for i, layer in enumerate(model.features, 1):
+            y = layer(y)
+            if i in ends:
+                theirs[next(taps)] = (last_channels(y), y.mean((2, 3)))
+    assert list(theirs) == list(branch.feature_info)
+    compare(name, branch, model, mobilenet_rules(branch), x, theirs, record_property)
+
+
 def test_every_named_branch_is_compared():
     # The hybrids are ours: no torch model has their parts together.
     hybrids = {name for name in vit.NAMED if name.endswith("_hybrid")}
-    assert set(NAMED_BRANCHES) - hybrids == {*resnet.NAMED, *vgg.NAMED, *(name for name, _, _ in VITS)}
+    assert set(NAMED_BRANCHES) - hybrids == {
+        *resnet.NAMED,
+        *vgg.NAMED,
+        *convnext.NAMED,
+        *xception.NAMED,
+        *MOBILENETS,
+        *(name for name, _, _ in VITS),
+    }

@@ -46,7 +46,9 @@ def test_a_command_of_the_readme(line, tmp_path, request):
     # The test's own workdir, and then its own, smaller sizes.
     arguments = [a for a in arguments if not a.startswith("--workdir")]
     devices = 2 if "mesh.fsdp=2" in line else 1
-    said, code = finish(command(*arguments, *SMALL, f"--workdir={tmp_path / 'W'}", module=module, devices=devices))
+    # All stages in the first command; every other compiles the joint one alone.
+    fewer = [] if line == COMMANDS[0] else ["--config.plan.alone=0"]
+    said, code = finish(command(*arguments, *SMALL, *fewer, f"--workdir={tmp_path / 'W'}", module=module, devices=devices))
     assert code == 0 and (tmp_path / "W" / "summary.json").exists(), said
 
 

@@ -1,6 +1,7 @@
 """What a run survives: losses that are not finite, damaged checkpoints, a full disk, a damaged cache; and what it stops for."""
 
 import dataclasses
+import gc
 import gzip
 import json
 import logging

@@ -20,7 +20,6 @@ from flax import linen as nn
 from rich.console import Console
 from rich.table import Table
 
-from mgjax import ops
 from mgjax.flops import count_flops
 from mgjax.train.monitor import hardware
 
@@ -39,9 +38,6 @@ def cases(batch: int) -> dict:
     x, kernel = array(batch, 32, 32, 32), array(3, 3, 32, 64)
     result["halve 32×32 32→64 by stride"] = (lambda x, k: convolve(x, k, 2), x, kernel)
     result["halve 32×32 32→64 by pooling"] = (lambda x, k: convolve(nn.avg_pool(x, (2, 2), (2, 2)), k), x, kernel)
-    for impl in ("xla", "shift"):
-        fn = lambda x, k, impl=impl: ops.depthwise_conv(x, k, impl=impl)
-        result[f"depthwise 16×16×64 {impl}"] = (fn, array(batch, 16, 16, 64), array(3, 3, 1, 64))
     return result
 
 
@@ -78,14 +74,11 @@ def main(arguments: list[str] | None = None) -> None:
         table.add_row(name, f"{np.median(s) * 1e3:.1f}", f"{s.min() * 1e3:.1f}–{s.max() * 1e3:.1f}", f"{rate:.0f}")
         figures |= {f"{name} ms": round(float(np.median(s)) * 1e3, 3), f"{name} GFLOP/s": round(float(rate), 1)}
     console.print(table)
-    for slow, fast in (
-        ("halve 32×32 32→64 by stride", "halve 32×32 32→64 by pooling"),
-        ("depthwise 16×16×64 xla", "depthwise 16×16×64 shift"),
-    ):
-        ratio = seconds[slow] / seconds[fast]
-        console.print(f"{slow} / {fast}: {np.median(ratio):.1f}× ({ratio.min():.1f}–{ratio.max():.1f})")
-        spread = {"": np.median(ratio), " smallest": ratio.min(), " largest": ratio.max()}
-        figures |= {f"{slow} / {fast}{which}": round(float(r), 2) for which, r in spread.items()}
+    slow, fast = "halve 32×32 32→64 by stride", "halve 32×32 32→64 by pooling"
+    ratio = seconds[slow] / seconds[fast]
+    console.print(f"{slow} / {fast}: {np.median(ratio):.1f}× ({ratio.min():.1f}–{ratio.max():.1f})")
+    spread = {"": np.median(ratio), " smallest": ratio.min(), " largest": ratio.max()}
+    figures |= {f"{slow} / {fast}{which}": round(float(r), 2) for which, r in spread.items()}
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
 

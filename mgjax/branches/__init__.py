@@ -11,19 +11,43 @@ A branch is a Linen module with
 import functools
 from collections.abc import Callable
 
-from mgjax.branches import resnet, vgg, vit
+from mgjax.branches import convnext, mobilenet, resnet, vgg, vit, xception
 from mgjax.branches.base import Branch
 from mgjax.branches.convnet import ConvNet
+from mgjax.branches.convnext import ConvNeXt
 from mgjax.branches.mlp import MLP
+from mgjax.branches.mobilenet import MobileNetV1, MobileNetV2
 from mgjax.branches.resnet import ResNet
 from mgjax.branches.separable import SeparableNet
 from mgjax.branches.vgg import VGG
 from mgjax.branches.vit import ViT
+from mgjax.branches.xception import Xception
 
 NAMED_BRANCHES: dict[str, Callable[..., Branch]] = {
     name: functools.partial(branch.named, name)
-    for branch, table in ((ResNet, resnet.NAMED), (VGG, vgg.NAMED), (ViT, vit.NAMED))
+    for branch, table in (
+        (ResNet, resnet.NAMED),
+        (VGG, vgg.NAMED),
+        (ViT, vit.NAMED),
+        (MobileNetV1, mobilenet.NAMED_V1),
+        (MobileNetV2, mobilenet.NAMED_V2),
+        (Xception, xception.NAMED),
+        (ConvNeXt, convnext.NAMED),
+    )
     for name in table
 }
 
-__all__ = ["MLP", "NAMED_BRANCHES", "VGG", "Branch", "ConvNet", "ResNet", "SeparableNet", "ViT"]
+__all__ = [
+    "MLP",
+    "NAMED_BRANCHES",
+    "VGG",
+    "Branch",
+    "ConvNeXt",
+    "ConvNet",
+    "MobileNetV1",
+    "MobileNetV2",
+    "ResNet",
+    "SeparableNet",
+    "ViT",
+    "Xception",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from mgjax.contracts import FeatureInfo, Features
 from mgjax.errors import InputError
@@ -70,6 +71,8 @@ def check_image(x, reduction: int = 1) -> None:
     """Raises InputError unless `x` is a floating [B, H, W, C] of at least `reduction` pixels a side."""
     if x.ndim != 4 or min(x.shape[1:3]) < reduction:
         raise InputError(f"the branch needs images [B, H, W, C] of at least {reduction} pixels a side, got {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise InputError(f"the branch needs floating images, got {x.dtype} {x.shape}: normalise them first")
 
 
 def per_stage(blocks: Sequence[int] | int, widths: Sequence[int]) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mgjax.branches.base import Branch, check_image, per_stage
 from mgjax.contracts import FeatureInfo
-from mgjax.layers import Conv, SeparableConv
+from mgjax.layers import Conv, SeparableConv, patches
 
 
 class SeparableNet(Branch):
@@ -23,6 +23,7 @@ class SeparableNet(Branch):
         blocks: separable convolutions per stage.
         stem_width: channels of the stem; by default half the first width.
         stem_stride: 1 for small images, 2 for ImageNet's.
+        stem_patch: side of the blocks of pixels that become channels before the stem, which saves a CPU the large maps.
         kernel: side of the depthwise kernels.
         norm, activation, dtype: as in `mgjax.layers.Conv`.
         remat: compute blocks again in the backward pass instead of keeping what they computed.
@@ -40,6 +41,7 @@ class SeparableNet(Branch):
     blocks: Sequence[int] | int = 2
     stem_width: int | None = None
     stem_stride: int = 1
+    stem_patch: int = 1
     kernel: int = 3
     norm: str = "batch"
     activation: Callable = nn.relu
@@ -49,18 +51,19 @@ class SeparableNet(Branch):
     @property
     def feature_info(self) -> dict[str, FeatureInfo]:
         per_stage(self.blocks, self.widths)
-        info = {"stem": FeatureInfo(self.stem_width or self.widths[0] // 2, self.stem_stride)}
+        first = self.stem_patch * self.stem_stride
+        info = {"stem": FeatureInfo(self.stem_width or self.widths[0] // 2, first)}
         for i, width in enumerate(self.widths):
-            info[f"stage{i + 1}"] = FeatureInfo(width, self.stem_stride * 2**i)
+            info[f"stage{i + 1}"] = FeatureInfo(width, first * 2**i)
         return info
 
     @nn.compact
     def __call__(self, x, *, taps, train: bool):
         """x: floating [B, H, W, C] → {tap: Features}."""
         reader, info = self.read(taps), self.feature_info
-        check_image(x)
+        check_image(x, self.stem_patch)
         common = dict(norm=self.norm, activation=self.activation, dtype=self.dtype)
-        x = x.astype(self.dtype)
+        x = patches(x.astype(self.dtype), self.stem_patch)
         x = Conv(info["stem"].channels, 3, self.stem_stride, name="stem", **common)(x, train=train)
         if reader.offer("stem", x):
             return reader.features
