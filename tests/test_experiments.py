@@ -116,6 +116,13 @@ def test_attention_and_sampling_of_the_separable_preset():
                     "separable", procedural.taxonomy(), (32, 32, 3))  # fmt: skip
 
 
+@pytest.mark.parametrize("fusion", ["cross_attention", "pyramid"])
+def test_sampling_leaves_no_maps_to_fuse(fusion):
+    given = {"preset": "separable", "model.keep": 0.5, "model.fusion": fusion}
+    with pytest.raises(cfg.ConfigError, match=rf"model.fusion={fusion} reads maps, of which model.keep=0.5"):
+        build_model(configured(**given).model, "separable", procedural.taxonomy(), (32, 32, 3))
+
+
 def test_granularities_are_read_at_different_reductions():
     for branch in ("mobilenet_v2", "xception", "vgg16"):
         made = branch_of(configured(**{"model.branch": branch}).model, (224, 224, 3))

@@ -480,6 +480,20 @@ def test_a_projection_is_a_separable_convolution_of_maps_and_tokens_and_linear_o
     assert set(vector) == {"pointwise"}
 
 
+@pytest.mark.parametrize(
+    "layer, says",
+    [
+        (Conv(4, padding="causal"), r"padding 'causal' is none of \('symmetric', 'same', 'valid'\)"),
+        (DepthwiseConv(padding="sane"), "padding 'sane' is none of .*'causal'"),
+        (InvertedResidual(4, expansion=0.01), "expansion of 0.01 leaves nothing of 8 channels"),
+    ],
+)
+def test_convolutions_say_what_is_wrong(layer, says):
+    arguments = {} if isinstance(layer, DepthwiseConv) else dict(train=False)
+    with pytest.raises(InputError, match=says):
+        layer.init(KEY, MAP, **arguments)
+
+
 def test_a_convolution_takes_bias_and_epsilon_by_argument():
     with_bias = Conv(4, norm="none", activation=None, use_bias=True)
     variables = with_bias.init(KEY, MAP, train=False)

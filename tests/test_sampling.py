@@ -16,6 +16,15 @@ X = jax.random.normal(KEY, (8, 12, 6))
 IMAGE = jax.random.normal(jax.random.key(1), (8, 3, 4, 6))
 
 
+def test_a_score_that_is_no_number_is_still_before_what_is_masked():
+    x = X[:1, :6].at[0, 0].set(jnp.nan)
+    there = jnp.arange(6)[None] < 3
+    layer = TokenSampling(3)
+    sampled = layer.apply(layer.init(KEY, x), x, mask=there)
+    assert sampled.positions.tolist() == [[0, 1, 2]] and sampled.mask.all()
+    assert TokenSampling(np.float32(0.5)).init_with_output(KEY, x)[0].positions.shape == (1, 3)
+
+
 def made(layer, x=X, **arguments):
     """Variables with a bias, so that nothing masked gives 0 by chance."""
     params = layer.init(KEY, x, **arguments)["params"]

@@ -21,7 +21,7 @@ from mgjax.ops.depthwise.geometry import Geometry
 from mgjax.ops.depthwise.partition import partitioned
 
 IMPLEMENTATIONS = {"xla": xla, "shift": shift, "pallas": pallas}
-PHASES = 16
+PHASES = 16  # positions of a stride, each with a sum of its own in the input gradient of "shift"
 
 
 def depthwise_conv(
@@ -73,7 +73,7 @@ def depthwise_conv(
     if axes not in (1, 2) or kernel.ndim != x.ndim or kernel.shape[-2] != 1 or 0 in kernel.shape:
         raise InputError(f"depthwise_conv needs x [B,H,W,C] and kernel [kh,kw,1,C·m], or [B,L,C] and [k,1,C·m], got {shapes}")
     channels = x.shape[-1]
-    if not channels or not kernel.shape[-1] or kernel.shape[-1] % channels:
+    if not channels or kernel.shape[-1] % channels:
         raise InputError(
             f"depthwise_conv: {kernel.shape[-1]} channels of the kernel are no multiple of the {channels} of x; got {shapes}"
         )
