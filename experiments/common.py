@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -26,7 +27,7 @@ from mgjax import config as cfg
 from mgjax import train
 from mgjax.config import override, to_dict
 from mgjax.cost import forward_cost
-from mgjax.data import Augment, Crop, Dataset, Subset, eval_batches, train_batches
+from mgjax.data import Augment, Crop, Dataset, Subset, eval_batches, membership, train_batches
 from mgjax.decode import decode, task_log_probs
 from mgjax.errors import InputError
 from mgjax.metrics import ClassificationMetrics
@@ -185,6 +186,11 @@ def train_model(config: Any, data: Dataset, model, plan: Sequence[Stage], points
     augment = Augment.from_config(kept, data.mean, data.std, data.image_shape)
     side = config.augment.size or data.image_shape[0]
     crop = lambda stage: Crop(side, config.augment.crop, config.seed, float(stage.augment)) if stage.augment else None
+    counts = {g.name: membership(g, data.train, data.taxonomy) for g in model.granularities}
+    counts = {name: table for name, table in counts.items() if table is not None}
+    if counts:  # a file of clusters may change between two starts
+        digest = hashlib.sha256(b"".join(name.encode() + table.tobytes() for name, table in sorted(counts.items())))
+        meta = meta | {"members": digest.hexdigest()[:16]}
     evaluated = lambda split: eval_batches(split, data.taxonomy, batch_size=config.plan.eval_batch_size, **process)
     feeds = Feeds(
         train=lambda stage, seen, steps: train_batches(
@@ -195,11 +201,13 @@ def train_model(config: Any, data: Dataset, model, plan: Sequence[Stage], points
             examples_seen=seen,
             steps=steps,
             crop=crop(stage) if on_host else None,
+            weights=counts,
             **process,
         ),
         validation=lambda: evaluated(data.validation),
         test=lambda: evaluated(data.test),
         eval_batch_size=config.plan.eval_batch_size,
+        examples=len(data.train),
     )
     if augment.mixup or augment.cutmix:
         for stage in plan:  # pairs that lie across two devices would have to travel
@@ -208,9 +216,17 @@ def train_model(config: Any, data: Dataset, model, plan: Sequence[Stage], points
                     f"stage '{stage.name}': mixing needs an even number of rows on each of {jax.device_count()} devices; "
                     f"a batch of {stage.batch_size} has not: --config.plan.batch_size"
                 )
+    objective = Objective.from_config(
+        config.objective, model, taxonomy=data.taxonomy, smoothing=config.smoothing, examples=len(data.train)
+    )
+    if objective.seam and distributed.is_main() and not objective.meet(model.shared(model.everything)):
+        print(
+            f"objective.balance={config.objective.balance}: no two heads teach one feature, so it evens out norms and sees no "
+            "conflict"
+        )
     facts = train.fit(
         model=model,
-        objective=Objective(model.tasks, model.heads, smoothing=config.smoothing),
+        objective=objective,
         metrics=ClassificationMetrics(data.taxonomy, model.tasks, model.heads),
         augment=augment,
         plan=plan,

@@ -90,7 +90,7 @@ RECIPE = {
     "optim.learning_rate": 0.2,
     "smoothing": 0.0,
 }
-FIXED = ("branch", "stem", "downsample", "patch", "members", "projection", "attention", "keep")
+FIXED = ("branch", "stem", "downsample", "patch", "members", "projection", "attention", "keep", "drop_path")
 UNUSED = {"size"} | {f"model.{k}" for k in FIXED}
 SOURCES = {
     "tfds:mnist": {},

@@ -340,6 +340,23 @@ def accuracies(records: Sequence[Mapping], stages: Sequence[tuple], styles: Mapp
     return drawn
 
 
+def contributions(records: Sequence[Mapping], stages: Sequence[tuple], styles: Mapping[str, dict], of: str):
+    """What each part contributes over the steps, to the "loss" or the norm of the "gradient"; None where none was recorded."""
+    keys = {part: f"part/{of}/{part}" for part in styles if any(f"part/{of}/{part}" in r for r in records)}
+    if not keys:
+        return None
+    with drawing():
+        drawn = figure(400, 250)
+        axes = drawn.subplots()
+        _stages(axes, stages, labelled=True)
+        for part, key in keys.items():
+            axes.plot(*curve(records, key), linewidth=1.3, marker=".", markersize=4, **styles[part])
+        axes.set_yscale("log")
+        axes.set_ylabel("loss" if of == "loss" else "norm of the gradient")
+        _steps_axis(axes)
+    return drawn
+
+
 def raw_against_decoded(levels: Mapping[str, tuple[float | None, float | None]]):
     """level → (raw, decoded) accuracy: a row per level, a dot per answer."""
     with drawing():
@@ -456,4 +473,63 @@ def trade_off(groups: Sequence[Mapping], levels: Sequence[str], costs: Mapping[s
         ]
         drawn.legend(handles=colours, loc="outside upper center", ncols=min(4, len(levels)), frameon=False)
         drawn.legend(handles=markers, loc="outside lower left", ncols=across, frameon=False)
+    return drawn
+
+
+def ablation(groups: Sequence[Mapping], levels: Sequence[str], baseline: str):
+    """A row per group: accuracy of every level, a panel each, of single seeds and mean ± standard deviation; training FLOPs.
+
+    Args:
+        groups: each with "name", "runs" that have `figures`, and under "mean" and "std" the figures; std may be None.
+        levels: a panel and a colour each.
+        baseline: name of the group whose means are drawn through all rows.
+    """
+    with drawing():
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+        names = [short(g["name"], 30) + (" (baseline)" if g["name"] == baseline and len(groups) > 1 else "") for g in groups]
+        keys = [f"{l}/accuracy" for l in levels]
+        drawn = figure(90 + 6 * max(map(len, names)) + 230 * len(levels) + 110, 66 + 34 * len(groups))
+        drawn.get_layout_engine().set(wspace=0.04)
+        panels = drawn.subplots(1, len(levels) + 1, sharey=True, width_ratios=[2.3] * len(levels) + [1.1])
+        for i, (axes, level, key) in enumerate(zip(panels, levels, keys)):
+            colour = LIGHT[HUES[i % len(HUES)]]
+            for row, g in enumerate(groups):
+                single = [r.figures[key] for r in g["runs"] if key in r.figures]
+                if not single:
+                    continue
+                # Seeds lie beneath their mean, each at a height of its own, the same in every row.
+                heights = row + 0.22 + 0.05 * (np.arange(len(single)) - (len(single) - 1) / 2) / max(1, len(single) / 4)
+                axes.scatter(single, heights, s=14, color=colour, alpha=0.55, linewidths=0, zorder=3)
+                if key not in g["mean"]:
+                    continue
+                mean, spread = g["mean"][key], (g["std"] or {}).get(key)
+                look = dict(marker="o", markersize=6.5, markeredgecolor=LIGHT["paper"], markeredgewidth=1.0)
+                axes.errorbar(mean, row - 0.08, xerr=spread, color=colour, capsize=3, linewidth=1.6, zorder=4, **look)
+                if g["name"] == baseline and len(groups) > 1:
+                    axes.axvline(mean, color=LIGHT["muted"], linewidth=1, linestyle=(0, (3, 2)), zorder=1)
+            axes.set_title(short(level, 30), size=11, color=colour, loc="left")
+            axes.set_xlabel("test accuracy: seeds, mean ± std")
+            axes.margins(x=0.08)
+            axes.xaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10), prune="upper"))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.4g} %"))
+        cost = panels[-1]
+        flops = [g["mean"].get("train_flops") for g in groups]
+        most = max((f for f in flops if f), default=1)
+        for row, value in enumerate(flops):
+            if value:
+                cost.barh(row, value, 0.42, color=LIGHT["muted"], alpha=0.45, linewidth=0)
+                cost.annotate(si(value).strip(), (value, row), (4, 0), textcoords="offset points", va="center", size=10)
+        cost.set_title("training FLOPs", size=11, loc="left")
+        cost.set_xlim(0, 1.5 * most)
+        cost.set_xticks([])
+        cost.spines["bottom"].set_visible(False)
+        for axes in panels:
+            axes.grid(False, axis="y")
+            axes.spines["left"].set_visible(False)
+            for row in range(0, len(groups), 2):
+                axes.axhspan(row - 0.5, row + 0.5, color=LIGHT["band"], linewidth=0, zorder=0)
+        panels[0].set_ylim(len(groups) - 0.5, -0.5)
+        panels[0].set_yticks(range(len(groups)), names)
+        panels[0].tick_params(axis="y", labelcolor=LIGHT["ink"])
     return drawn

@@ -113,6 +113,7 @@ def render(summary: Mapping, records: Sequence[Mapping] = (), examples: Sequence
         _headline(summary, levels, title),
         _accuracy(summary, levels),
         _curves(summary, records, levels),
+        _contributions(summary, records, levels),
         _examples(examples),
         _confusion(summary),
         _reliability(summary, levels),
@@ -224,6 +225,32 @@ def _curves(summary: Mapping, records: Sequence[Mapping], levels: Sequence[str])
     return markup.section(
         "Training, stage by stage",
         f"Shades part the stages. {numbered}" if stages else "",
+        f'<ul class="legend">{legend}</ul><div class="plots">{figures}</div>',
+    )
+
+
+def _contributions(summary: Mapping, records: Sequence[Mapping], levels: Sequence[str]) -> str:
+    parts = list(dict.fromkeys(k.split("/", 2)[2] for r in records for k in r if k.startswith("part/")))
+    if not parts:
+        return ""
+    kinds = ("granularity_", "penalty_")
+    heads = [p for p in parts if not p.startswith(kinds)]
+    styles = plots.line_styles(heads, levels)
+    for kind, dashes in zip(kinds, plots.DASHES[1:]):
+        of_kind = plots.line_styles([p.removeprefix(kind) for p in parts if p.startswith(kind)], levels)
+        styles |= {f"{kind}{p}": look | {"linestyle": dashes} for p, look in of_kind.items()}
+    legend = "".join(f"<li>{_swatch(look)}<span>{breakable(p.replace('_', ' ', 1))}</span></li>" for p, look in styles.items())
+    stages, figures = plots.spans(summary, records), ""
+    for of, said in (
+        ("loss", "What each head, as it is weighed, and each penalty adds to the loss."),
+        ("gradient", "The norm of the gradient by all parameters that move: of each head, of what passes through each "
+         "granularity into the branches, and of each penalty."),
+    ):  # fmt: skip
+        if drawn := plots.contributions(records, stages, styles, of):
+            figures += _drawn(drawn, f"part-{of}", said)
+    return markup.section(
+        "What contributes",
+        "Heads are drawn through, granularities dashed, penalties dotted; both scales are logarithmic.",
         f'<ul class="legend">{legend}</ul><div class="plots">{figures}</div>',
     )
 

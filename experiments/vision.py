@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from mgjax.config import ConfigError, key
 from mgjax.data import AugmentConfig, DataConfig, Dataset
 from mgjax.fusion import FUSIONS, Fusion
 from mgjax.granularity import (
+    BALANCES,
     DENOISERS,
     FUSED,
     Compose,
@@ -46,12 +48,15 @@ from mgjax.granularity import (
 from mgjax.layers import ACTIVATIONS, activation
 from mgjax.layers.norm import NORMS
 from mgjax.model import MultiGranularityModel
+from mgjax.objective import ObjectiveConfig
 from mgjax.projection import GranularityProjection
 from mgjax.taxonomy import Taxonomy
-from mgjax.train import Stage, TrainConfig, coarse_to_fine
+from mgjax.train import Stage, TrainConfig
+from mgjax.train.stages import coarse_to_fine, growth, joint_only, progressive_jigsaw
 from mgjax.views import scaled
 
 BRANCHES = (*NAMED_BRANCHES, "resnet", "conv", "separable", "mlp")
+PLANS = ("coarse_to_fine", "joint", "backbone_first", "progressive_resolution", "progressive_jigsaw", "growth")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -83,17 +88,29 @@ class ModelConfig:
     view_scale: float = key(1.0, "resolution to which every view is reduced, and then brought back", low=0.01, high=1)
     denoise: str = key("none", "what takes the noise from every view", choices=("none", *DENOISERS))
     dropout: float = key(0.0, "of the inputs of the heads", low=0, high=0.99)
+    drop_path: float = key(
+        0.0, "stochastic depth: probability of leaving out the last block of branches that have it", low=0, high=0.99
+    )
+    granularity_dropout: float = key(
+        0.0, "probability that what reads several granularities lacks one, example by example", low=0, high=0.99
+    )
+    balance: str = key("none", "how much examples count in what each granularity learns", choices=BALANCES)
     remat: bool = key(False, "keep only what blocks pass on, and compute the rest again: less memory, a third more FLOPs")
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig:
+    kind: str = key("coarse_to_fine", "what the stages are; see mgjax.train.stages", choices=PLANS)
     batch_size: int = key(256, "examples per step, over all devices", low=1)
     eval_batch_size: int = key(480, "examples per evaluation step, over all devices", low=1)
-    alone: tuple[float, ...] = key(
-        (2.0,), "epochs of each single-granularity stage, coarse to fine; the last is repeated", low=0
-    )
+    alone: tuple[float, ...] = key((2.0,), "epochs of each stage before the last, coarse to fine; the last is repeated", low=0)
     resolution: tuple[float, ...] = key((1.0,), "resolution in those stages; the last is repeated", low=0.01, high=1)
+    pieces: tuple[int, ...] = key(
+        (8, 4, 2), "of progressive_jigsaw in those stages, along each side; the last is repeated", low=1
+    )
+    strength: tuple[float, ...] = key(
+        (1.0,), "of the augmentation in those stages; the last is repeated, and the last stage has 1", low=0, high=1
+    )
     joint: float = key(6.0, "epochs of the last stage, in which all granularities train together", low=0)
     max_steps: int = key(0, "end each stage after so many steps, for a quick look (0: no limit)", low=0)
 
@@ -106,6 +123,7 @@ class VisionConfig(TrainConfig):
     size: str = key("auto", "of the model; auto goes by the device", choices=("auto", "cpu", "gpu"))
     seed: int = key(0, "of initialisation, order and augmentation")
     smoothing: float = key(0.1, "label smoothing", low=0, high=0.99)
+    objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
@@ -209,9 +227,11 @@ def build_model(
         made = forms[form](dataclasses.replace(config, width=width), taxonomy.levels, image_shape)
         answered = {h.task for h in made.heads}
         tasks = [Task(l, l, taxonomy.size(l), l) for l in taxonomy.levels if l in answered]
+        granularities = [dataclasses.replace(g, balance=config.balance) for g in made.granularities]
         return MultiGranularityModel(
-            made.granularities, tasks, made.heads, made.branches, made.fusion, config.dropout, made.projections
-        )
+            granularities, tasks, made.heads, made.branches, made.fusion, config.dropout, made.projections,
+            config.granularity_dropout,
+        )  # fmt: skip
 
     if config.match in ("", form):
         return build(form, config.width)
@@ -228,7 +248,7 @@ def build_model(
 
 
 def build_plan(config: PlanConfig, model: MultiGranularityModel, examples: int, alike: int = 1) -> tuple[Stage, ...]:
-    """Coarse to fine, then jointly: one stage per granularity, then all of them.
+    """The stages of a plan of `config.kind`: by default one per granularity, coarse to fine, then all of them jointly.
 
     Where there is one granularity, or every head has a branch of its own and nothing is fused, there
     is nothing to stage: all train side by side, for as many epochs as the single stages of `alike`
@@ -239,7 +259,8 @@ def build_plan(config: PlanConfig, model: MultiGranularityModel, examples: int, 
         alike: granularities of the staged model that a baseline is compared with.
 
     Raises:
-        ConfigError: no epochs or resolution; a lower resolution for a branch of fixed input size.
+        ConfigError: no epochs or resolution; a lower resolution for a branch of fixed input size; growth where
+            granularities share a branch.
     """
 
     def steps(epochs: float) -> int:
@@ -247,19 +268,45 @@ def build_plan(config: PlanConfig, model: MultiGranularityModel, examples: int, 
         return min(count, config.max_steps) if config.max_steps else count
 
     alone = [(g.name, single(model, g.name)) for g in model.granularities]
-    epochs = [_at(config.alone, i) for i in range(len(alone))]
-    if not model.fusion and (len(alone) == 1 or len(model.branches) == len(model.heads)):
-        alone, epochs = [("early", model.everything)], [sum(_at(config.alone, i) for i in range(alike))]
+    early = False  # one stage instead of several
+    match config.kind:
+        case "joint":
+            return joint_only(model.everything, steps=max(1, steps(config.joint)), batch_size=config.batch_size)
+        case "progressive_resolution":
+            alone = [(f"resolution_{r:g}", model.everything) for r in config.resolution]
+        case "backbone_first":
+            alone = [("backbone", alone[-1][1])]
+        case "coarse_to_fine" | "progressive_jigsaw":
+            if early := not model.fusion and (len(alone) == 1 or len(model.branches) == len(model.heads)):
+                alone = [("early", model.everything)]
     resolution = [_at(config.resolution, i) for i in range(len(alone))]
+    epochs = [_at(config.alone, i) for i in range(len(alone))]
+    if early:
+        epochs = [sum(_at(config.alone, i) for i in range(alike))]
     if any(r != 1 for r in resolution) and any(isinstance(b, MLP) for b in model.branches.values()):
         raise ConfigError("an MLP sees inputs of one size alone: set --config.plan.resolution=1")
-    return coarse_to_fine(
-        [(name, dataclasses.replace(op, resolution=r)) for (name, op), r in zip(alone, resolution)],
-        model.everything,
-        steps_alone=[steps(e) for e in epochs],
-        steps_together=max(1, steps(config.joint)),
-        batch_size=config.batch_size,
+    alone = [(name, dataclasses.replace(op, resolution=r)) for (name, op), r in zip(alone, resolution)]
+    lengths = dict(
+        steps_alone=[steps(e) for e in epochs], steps_together=max(1, steps(config.joint)), batch_size=config.batch_size
     )
+    strength = {name: _at(config.strength, i) for i, (name, _) in enumerate(alone)}
+    plan = _kind_of_plan(config, model, alone, lengths)
+    return tuple(dataclasses.replace(stage, augment=strength.get(stage.name, stage.augment)) for stage in plan)
+
+
+def _kind_of_plan(config: PlanConfig, model: MultiGranularityModel, alone: Sequence, lengths: Mapping) -> tuple[Stage, ...]:
+    match config.kind:
+        case "progressive_jigsaw":
+            pieces = [_at(config.pieces, i) for i in range(len(alone))]
+            return progressive_jigsaw(alone, model.everything, pieces=pieces, **lengths)
+        case "growth":
+            of = [g.branch for g in model.granularities]
+            if len(of) < 2 or len(set(of)) < len(of):
+                raise ConfigError("plan.kind=growth needs a branch per granularity, two or more: --config.preset=branches")
+            grows = [(f"branches_{a}", f"branches_{b}") for a, b in itertools.pairwise(of)]
+            return growth(alone, model.everything, grows=grows, **lengths)
+    # Whatever trains before all granularities do: one of them, the backbone, or all at a lower resolution.
+    return coarse_to_fine(alone, model.everything, **lengths)
 
 
 def single(model: MultiGranularityModel, granularity: str) -> OperatingPoint:
@@ -289,7 +336,7 @@ def _count(model: MultiGranularityModel, inputs: Mapping) -> int:
 
 def _at(values: tuple, i: int) -> Any:
     if not values:
-        raise ConfigError("plan.alone and plan.resolution need at least one number each")
+        raise ConfigError("plan.alone, plan.resolution, plan.strength and plan.pieces need at least one number each")
     return values[min(i, len(values) - 1)]
 
 
@@ -324,6 +371,15 @@ def taps_of(branch: Branch, count: int) -> list[str]:
 
 def branch_of(config: ModelConfig, image_shape: Sequence[int], scale: float = 1.0) -> Branch:
     """The branch of a config, with as many stages as a view of that scale has pixels for."""
+    branch = _fitting_branch(config, image_shape, scale)
+    if not config.drop_path:
+        return branch
+    if not hasattr(branch, "drop_path"):
+        raise ConfigError(f"'{config.branch}' has no stochastic depth: leave out --config.model.drop_path")
+    return branch.clone(drop_path=config.drop_path)
+
+
+def _fitting_branch(config: ModelConfig, image_shape: Sequence[int], scale: float) -> Branch:
     if config.branch in ("resnet", "conv", "separable") and len(config.blocks) != len(config.widths):
         raise ConfigError(
             f"a width per stage is needed: --config.model.blocks has {config.blocks}, --config.model.widths {config.widths}"

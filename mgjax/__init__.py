@@ -5,8 +5,11 @@ Importing it defines no flag, touches no device and needs no experiment.
 
 from mgjax.contracts import Batch, FeatureInfo, Features, Outputs
 from mgjax.granularity import (
+    Cluster,
+    Column,
     Compose,
     Denoise,
+    Everyone,
     Granularity,
     Grey,
     Head,
@@ -14,16 +17,21 @@ from mgjax.granularity import (
     OperatingPoint,
     Region,
     Resize,
+    Resolution,
+    Subtree,
     Task,
 )
 from mgjax.model import MultiGranularityModel
 from mgjax.taxonomy import Taxonomy
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = [
     "Batch",
+    "Cluster",
+    "Column",
     "Compose",
     "Denoise",
+    "Everyone",
     "FeatureInfo",
     "Features",
     "Granularity",
@@ -35,6 +43,8 @@ __all__ = [
     "Outputs",
     "Region",
     "Resize",
+    "Resolution",
+    "Subtree",
     "Task",
     "Taxonomy",
 ]

@@ -84,7 +84,7 @@ def decode(log_probs: Mapping[str, Array], taxonomy: Taxonomy, method: Method = 
         pooled = _pool(log_probs, tree)
         leaf = jnp.argmax(pooled[levels[-1]], -1)
     elif method == "lifted":
-        pooled = {l: _lift(log_probs[levels[-1]], levels[-1], l, tree) for l in tree.levels}
+        pooled = {l: lift(log_probs[levels[-1]], levels[-1], l, tree) for l in tree.levels}
         leaf = jnp.argmax(log_probs[levels[-1]], -1)
     elif method == "top_down":
         pooled = _top_down_probs(log_probs, tree)
@@ -100,8 +100,25 @@ def decode(log_probs: Mapping[str, Array], taxonomy: Taxonomy, method: Method = 
     return Path(pooled, {l: paths[:, i].astype(jnp.int32) for i, l in enumerate(tree.levels)})
 
 
-def _lift(log_probs, source: str, target: str, tree: Taxonomy):
-    """log of the sums of probabilities below each label of `target`."""
+def lift(log_probs, source: str, target: str, tree: Taxonomy):
+    """Log probabilities of a coarser level: P(target) = Σ P(source) over the labels below it.
+
+    Args:
+        log_probs: floating [B, size(source)].
+        source, target: levels, `target` the coarser one, or the same.
+        tree: of those levels.
+
+    Returns:
+        [B, size(target)]; finite, since probabilities are 1e-30 at least.
+
+    Raises:
+        TaxonomyError: an unknown level, or a target that is finer than the source.
+
+    Example:
+        >>> tree = Taxonomy.from_names({"super": ["a", "b"], "sub": ["a1", "a2", "b1"]}, {"sub": [0, 0, 1]})
+        >>> [round(float(p), 3) for p in jnp.exp(lift(jnp.log(jnp.array([[0.2, 0.3, 0.5]])), "sub", "super", tree))[0]]
+        [0.5, 0.5]
+    """
     if source == target:
         return log_probs
     return jnp.log(jnp.exp(log_probs) @ jnp.asarray(tree.ancestor_matrix(source, target)) + _FLOOR)
@@ -134,7 +151,7 @@ def _chain(evidence: Mapping[str, list], tree: Taxonomy) -> dict[str, Array]:
 def _pool(log_probs: Mapping[str, Array], tree: Taxonomy) -> dict[str, Array]:
     """At each level everything that this level's head and all deeper ones say of it counts."""
     evidence = {
-        level: [_lift(p, l, level, tree) for l, p in log_probs.items() if tree.index(l) >= i]
+        level: [lift(p, l, level, tree) for l, p in log_probs.items() if tree.index(l) >= i]
         for i, level in enumerate(tree.levels)
     }
     return _chain(evidence, tree)
@@ -145,5 +162,5 @@ def _top_down_probs(log_probs: Mapping[str, Array], tree: Taxonomy) -> dict[str,
     evidence = {}
     for i, level in enumerate(tree.levels):
         nearest = next(l for l in tree.levels[i:] if l in log_probs)
-        evidence[level] = [_lift(log_probs[nearest], nearest, level, tree)]
+        evidence[level] = [lift(log_probs[nearest], nearest, level, tree)]
     return _chain(evidence, tree)

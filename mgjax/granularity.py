@@ -12,6 +12,7 @@ FUSED = "fused"  # a head reads this to see what the fusion made of all active g
 
 
 DENOISERS = ("median", "bilateral", "nlm")
+KINDS = ("classification", "regression")
 
 
 class DeclarationError(InputError):
@@ -135,6 +136,77 @@ class Compose:
 View = Identity | Resize | Region | Grey | Denoise | Compose
 
 
+# ---------------------------------------------------------------------- members
+
+
+# Membership says which training examples a granularity learns from. It is no view: all examples pass
+# through the model, and one that is no member counts for nothing in what the granularity learns.
+
+
+@dataclasses.dataclass(frozen=True)
+class Everyone:
+    """All examples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subtree:
+    """Examples whose label at `level` is one of `names`, or lies below one.
+
+    Example:
+        >>> Granularity("fish", "trunk", "stage1", members=Subtree("superclass", ("fish",))).members.level
+        'superclass'
+    """
+
+    level: str
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """Examples of which the column `key` holds one of `values`."""
+
+    key: str
+    values: tuple[str | int | float | bool, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Examples of one cluster of k-means over feature vectors.
+
+    Attributes:
+        count: clusters in all.
+        index: which of them; they are numbered by size, the largest is 0.
+        of: path of a .npy with the feature vectors [examples, D] of the training split; empty: of the inputs
+            themselves, images reduced to 8×8 pixels.
+        seed: of the first centres.
+    """
+
+    count: int
+    index: int
+    of: str = ""
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.index < self.count:
+            raise DeclarationError(f"{self}: clusters are numbered from 0 to {self.count - 1}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """Examples whose image, as it was stored, has a shorter side of `low` to below `high` pixels."""
+
+    low: int = 0
+    high: float = float("inf")
+
+    def __post_init__(self):
+        if not 0 <= self.low < self.high:
+            raise DeclarationError(f"{self}: 0 <= low < high is needed")
+
+
+Members = Everyone | Subtree | Column | Cluster | Resolution
+BALANCES = ("none", "class", "loss")
+
+
 # ---------------------------------------------------------------------- declarations
 
 
@@ -149,16 +221,23 @@ class Granularity:
         branch: key of the branch in the model.
         tap: which of the branch's `feature_info` is read.
         view: how the input is seen.
+        members: which training examples it learns from.
+        balance: how much each of them counts: "none" (all alike), "class" (classes alike, at the finest level) or "loss"
+            (by what it cost in the last epoch).
     """
 
     name: str
     branch: str
     tap: str
     view: View = Identity()
+    members: Members = Everyone()
+    balance: Literal["none", "class", "loss"] = "none"
 
     def __post_init__(self):
         if self.name == FUSED:
             raise DeclarationError(f"a granularity cannot be called '{FUSED}': that is the fusion's output")
+        if self.balance not in BALANCES:
+            raise DeclarationError(f"granularity '{self.name}' balances by '{self.balance}': one of {', '.join(BALANCES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,16 +247,20 @@ class Task:
     Attributes:
         name: unique name.
         target: key in `Batch.targets`.
-        classes: number of classes.
+        classes: number of classes; of a regression, of the numbers that are predicted.
         level: level of the taxonomy that the classes are, if there is a taxonomy.
-        kind: `"classification"`; the answer's form, which decides loss, metrics and decode.
+        kind: `"classification"` or `"regression"`: the answer's form, which decides loss, metrics and decode.
     """
 
     name: str
     target: str
     classes: int
     level: str | None = None
-    kind: Literal["classification"] = "classification"
+    kind: Literal["classification", "regression"] = "classification"
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise DeclarationError(f"task '{self.name}' is of kind '{self.kind}': one of {', '.join(KINDS)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,12 +27,36 @@ class ClassificationHead(nn.Module):
     @nn.compact
     def __call__(self, features: Mapping[str, Features], present: Mapping | None = None, *, train: bool = False):
         """features: source → Features → logits [B, classes]."""
-        x = {name: f.vector for name, f in sorted(features.items())}
-        if self.dropout and train:
-            x = {name: nn.Dropout(self.dropout, name=f"dropout_{name}")(v, deterministic=False) for name, v in x.items()}
-        dtype = self.dtype or jnp.result_type(jnp.float32, *x.values())
-        logits = SourceDense(self.classes, dtype=dtype, name="dense")(x, present)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return _linear(self.classes, self.dropout, self.dtype, features, present, train)
 
 
-HEADS = {"classification": ClassificationHead}
+class RegressionHead(nn.Module):
+    """A linear map of everything that the head reads to the numbers that are predicted.
+
+    Attributes:
+        outputs: how many numbers.
+        dropout: share of the inputs that is dropped in training.
+        dtype: of the computation; by default float32, or float64 where the features are. Predictions are float32 at least.
+    """
+
+    outputs: int
+    dropout: float = 0.0
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, features: Mapping[str, Features], present: Mapping | None = None, *, train: bool = False):
+        """features: source → Features → predictions [B, outputs]."""
+        return _linear(self.outputs, self.dropout, self.dtype, features, present, train)
+
+
+def _linear(size: int, dropout: float, dtype, features: Mapping, present: Mapping | None, train: bool):
+    """Everything that a head reads, through one dense layer; inside a compact `__call__`."""
+    x = {name: f.vector for name, f in sorted(features.items())}
+    if dropout and train:
+        x = {name: nn.Dropout(dropout, name=f"dropout_{name}")(v, deterministic=False) for name, v in x.items()}
+    dtype = dtype or jnp.result_type(jnp.float32, *x.values())
+    said = SourceDense(size, dtype=dtype, name="dense")(x, present)
+    return said.astype(jnp.promote_types(said.dtype, jnp.float32))
+
+
+HEADS = {"classification": ClassificationHead, "regression": RegressionHead}

@@ -1,10 +1,11 @@
-"""Metrics of classification over a taxonomy, as sums that add up over batches and hosts."""
+"""Metrics of classification over a taxonomy and of regression, as sums that add up over batches and hosts."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,12 @@ import numpy as np
 
 from mgjax.contracts import Batch, Outputs
 from mgjax.decode import METHODS, decode, task_log_probs
-from mgjax.granularity import Head, Task
+from mgjax.granularity import DeclarationError, Head, Task
 from mgjax.taxonomy import Taxonomy
 
 BINS = 15  # of the calibration error, as Guo et al. 2017
 CONFUSION = 60  # a larger confusion matrix is not kept
+RESOLVED = 1e-4  # of a mean square: below that, float32 sums do not tell a variance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +47,17 @@ class ClassificationMetrics:
         0.5
     """
 
+    section: ClassVar[str] = "levels"  # of the figures
+
     taxonomy: Taxonomy
     tasks: Sequence[Task]
     heads: Sequence[Head]
+
+    def __post_init__(self):
+        # Tasks of other kinds are for other metrics.
+        tasks = [t for t in self.tasks if t.kind == "classification"]
+        object.__setattr__(self, "tasks", tasks)
+        object.__setattr__(self, "heads", [h for h in self.heads if h.task in {t.name for t in tasks}])
 
     def update(self, outputs: Outputs, batch: Batch) -> dict:
         """Sums of one batch, as a pytree of float32 arrays."""
@@ -157,6 +167,10 @@ class ClassificationMetrics:
         }
         return levels | {k: v for k, v in figures.items() if isinstance(v, float)}
 
+    def own(self, figures: Mapping) -> str:
+        """The name among `scalars` by which a stage is judged that answers these: the accuracy of its finest level."""
+        return f"{list(figures['levels'])[-1]}/accuracy"
+
     @property
     def main(self) -> str:
         """The name among `scalars` by which models are compared: the accuracy of the finest level."""
@@ -194,6 +208,173 @@ class ClassificationMetrics:
         for coarse, fine in itertools.pairwise(levels):
             result |= jnp.asarray(self.taxonomy.ancestors(fine, coarse))[labels[fine]] != labels[coarse]
         return result
+
+
+@dataclasses.dataclass(frozen=True)
+class RegressionMetrics:
+    """Per task: root of the mean squared error, mean absolute error, and R² = 1 − SSE / SST about the mean of the targets that
+    were evaluated, of each number about its own. Where several heads answer one task, their predictions are averaged. All
+    known numbers count alike; what is not finite, as NaN, is unknown.
+
+    What cannot be told is NaN: all figures where no target is known, and R² where the targets do not vary, or so little
+    beside their distance from `centers` that sums in float32 do not show it.
+
+    The methods are those of `ClassificationMetrics`; models are compared by the last task's `rmse`.
+
+    Attributes:
+        tasks, heads: the declarations of the model; tasks of other kinds are passed over.
+        centers: task → about where its targets lie, a number or one for each that is predicted (0 where a task is not named),
+            such as the mean over the training examples. Only the precision of R² depends on it, and only where the mean is
+            many standard deviations away from 0.
+
+    Raises:
+        DeclarationError: a center of a task that is not there; in `update`, targets of another size than the predictions.
+
+    Example:
+        >>> metrics = RegressionMetrics([Task("age", "age", 1, kind="regression")], [Head("age", {"g": "grad"})])
+        >>> batch = Batch({}, {"age": jnp.array([1.0, 3.0])}, jnp.array([True, True]), jnp.arange(2))
+        >>> metrics.compute(metrics.update(Outputs({"age": jnp.array([[1.0], [2.0]])}), batch))["tasks"]["age"]["mae"]
+        0.5
+    """
+
+    section: ClassVar[str] = "tasks"
+
+    tasks: Sequence[Task]
+    heads: Sequence[Head]
+    centers: Mapping[str, float | Sequence[float]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        tasks = [t for t in self.tasks if t.kind == "regression"]
+        object.__setattr__(self, "tasks", tasks)
+        object.__setattr__(self, "heads", [h for h in self.heads if h.task in {t.name for t in tasks}])
+        if unknown := sorted(set(self.centers) - {t.name for t in tasks}):
+            raise DeclarationError(f"centers are given for {unknown}; there are regressions {[t.name for t in tasks]}")
+
+    def update(self, outputs: Outputs, batch: Batch) -> dict:
+        sums = {"examples": jnp.sum(batch.mask.astype(jnp.float32)), "tasks": {}}
+        for task in self.tasks:
+            said = [outputs.logits[h.name] for h in self.heads if h.task == task.name and h.name in outputs.logits]
+            if not said:
+                continue
+            said = jnp.mean(jnp.stack(said).astype(jnp.float32), 0)
+            truth = batch.targets[task.target]
+            truth = (truth[:, None] if truth.ndim == 1 else truth).astype(jnp.float32)
+            if truth.shape != said.shape:
+                raise DeclarationError(
+                    f"task '{task.name}' predicts {said.shape[1:]} numbers, target '{task.target}' holds {truth.shape[1:]}"
+                )
+            known = jnp.isfinite(truth) & batch.mask[:, None]
+            center = jnp.broadcast_to(jnp.asarray(self.centers.get(task.name, 0.0), jnp.float32), truth.shape[1:])
+            error, truth = (jnp.where(known, x, 0.0) for x in (said - truth, truth - center[None]))
+            sums["tasks"][task.name] = {
+                "count": jnp.sum(known.astype(jnp.float32), 0),
+                "squared": jnp.sum(error**2, 0),
+                "absolute": jnp.sum(jnp.abs(error), 0),
+                "truth": jnp.sum(truth, 0),
+                "truth_squared": jnp.sum(truth**2, 0),
+            }
+        return sums
+
+    def compute(self, sums: Mapping, full: bool = False) -> dict:
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), dict(sums))
+        if not sums["examples"]:
+            raise ValueError("no example was evaluated: the split is empty, or every example was masked")
+        tasks = {}
+        for name in (t.name for t in self.tasks if t.name in sums["tasks"]):
+            of_task = sums["tasks"][name]
+            total = {k: float(v.sum()) for k, v in of_task.items()}
+            n = total["count"] or np.nan
+            spread = total["truth_squared"] - float(np.sum(of_task["truth"] ** 2 / np.maximum(of_task["count"], 1)))
+            resolved = spread > RESOLVED * total["truth_squared"]
+            tasks[name] = {
+                "rmse": float(np.sqrt(total["squared"] / n)),
+                "mae": total["absolute"] / n,
+                "r2": 1 - total["squared"] / spread if resolved else np.nan,
+            }
+        return {"examples": int(sums["examples"]), "tasks": tasks}
+
+    def scalars(self, figures: Mapping) -> dict[str, float]:
+        return {f"{task}/{k}": v for task, said in figures["tasks"].items() for k, v in said.items()}
+
+    def own(self, figures: Mapping) -> str:
+        return f"{list(figures['tasks'])[-1]}/rmse"
+
+    @property
+    def main(self) -> str:
+        return f"{self.tasks[-1].name}/rmse"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"{t.name}/{k}" for t in self.tasks for k in ("rmse", "mae", "r2"))
+
+    def headline(self, figures: Mapping) -> str:
+        return "  ".join(f"{task} rmse {v['rmse']:.4g}" for task, v in figures["tasks"].items())
+
+    def progress(self, scalars: Mapping[str, float]) -> str:
+        return f"loss {scalars['loss']:.3f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """Several metrics as one, such as those of levels and of regressions: `scalars` and figures side by side.
+
+    A part of which no head answered has no figures. The methods are those of the parts.
+
+    Attributes:
+        parts: of different kinds; the first one says by what models are compared.
+
+    Raises:
+        DeclarationError: no part, or two of one kind.
+
+    Example:
+        >>> tree = Taxonomy.from_names({"class": ["a", "b", "c"]})
+        >>> tasks = [Task("class", "class", 3, "class"), Task("age", "age", 1, kind="regression")]
+        >>> heads = [Head("class", {"g": "grad"}), Head("age", {"g": "grad"})]
+        >>> metrics = Metrics([ClassificationMetrics(tree, tasks, heads), RegressionMetrics(tasks, heads)])
+        >>> metrics.main, metrics.names[-3:]
+        ('class/accuracy', ('age/rmse', 'age/mae', 'age/r2'))
+    """
+
+    parts: Sequence
+
+    def __post_init__(self):
+        sections = [p.section for p in self.parts]
+        if not sections or len(set(sections)) < len(sections):
+            raise DeclarationError(f"metrics are joined of parts of different kinds, one at least, not of {sections}")
+
+    def update(self, outputs: Outputs, batch: Batch) -> dict:
+        answered = [p for p in self.parts if any(h.name in outputs.logits for h in p.heads)]
+        return {p.section: p.update(outputs, batch) for p in answered}
+
+    def compute(self, sums: Mapping, full: bool = False) -> dict:
+        result: dict = {}
+        for part in self.parts:
+            if part.section in sums:
+                result |= part.compute(sums[part.section], full)
+        return result
+
+    def _answered(self, figures: Mapping) -> list:
+        return [p for p in self.parts if p.section in figures]
+
+    def scalars(self, figures: Mapping) -> dict[str, float]:
+        return {k: v for p in self._answered(figures) for k, v in p.scalars(figures).items()}
+
+    def own(self, figures: Mapping) -> str:
+        return self._answered(figures)[0].own(figures)
+
+    @property
+    def main(self) -> str:
+        return self.parts[0].main
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for p in self.parts for name in p.names)
+
+    def headline(self, figures: Mapping) -> str:
+        return "  ".join(p.headline(figures) for p in self._answered(figures))
+
+    def progress(self, scalars: Mapping[str, float]) -> str:
+        return self.parts[0].progress(scalars)
 
 
 def _level_sums(log_probs, answer, truth, known) -> dict:

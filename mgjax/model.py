@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from mgjax.contracts import Features, Outputs
 from mgjax.granularity import (
@@ -34,6 +35,8 @@ class MultiGranularityModel(nn.Module):
         fusion: makes `"fused"` of the features of all active granularities.
         dropout: of the heads.
         projections: granularity → module that makes its features of what its branch saw; without one they are that.
+        granularity_dropout: probability that a granularity is absent for an example, in training, for what reads several of
+            them: the fusion, and heads with several sources. At least one of all that are active stays.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -57,6 +60,7 @@ class MultiGranularityModel(nn.Module):
     fusion: nn.Module | None = None
     dropout: float = 0.0
     projections: Mapping[str, nn.Module] = dataclasses.field(default_factory=dict)
+    granularity_dropout: float = 0.0
 
     def setup(self):
         check_declarations(self.granularities, self.tasks, self.heads, self.branches)
@@ -66,6 +70,8 @@ class MultiGranularityModel(nn.Module):
                 raise DeclarationError(f"granularity '{g.name}' reads tap '{g.tap}'; '{g.branch}' has {list(taps)}")
         if unknown := set(self.projections) - {g.name for g in self.granularities}:
             raise DeclarationError(f"projections of {sorted(unknown)}, which are no granularities")
+        if self.granularity_dropout and not any(FUSED in h.sources or len(h.sources) > 1 for h in self.heads):
+            raise DeclarationError("granularity dropout is for what reads several granularities; here no head does")
         if self.fusion is None and (wants := [h.name for h in self.heads if FUSED in h.sources]):
             raise DeclarationError(f"heads {wants} read '{FUSED}', but the model has no fusion")
         task = {t.name: t for t in self.tasks}
@@ -75,6 +81,14 @@ class MultiGranularityModel(nn.Module):
     def everything(self) -> OperatingPoint:
         """All granularities, all tasks, full resolution."""
         return OperatingPoint(tuple(g.name for g in self.granularities), tuple(t.name for t in self.tasks))
+
+    def shared(self, op: OperatingPoint) -> list[list[str]]:
+        """Groups of active granularities whose features are one and the same: of one tap of one pass, as they are."""
+        groups: dict = {}
+        for g in (g for g in self.granularities if g.name in op.active):
+            of = g.name if g.name in self.projections else (g.branch, g.view, g.tap)
+            groups.setdefault(of, []).append(g.name)
+        return list(groups.values())
 
     def __call__(self, inputs: Mapping, op: OperatingPoint, *, present: Mapping | None = None, train: bool) -> Outputs:
         """`features`, then `answer`."""
@@ -126,10 +140,11 @@ class MultiGranularityModel(nn.Module):
         """
         self._check(op)
         features = dict(features)
+        several = self._dropped(features, present) if self.granularity_dropout and train else present
         heads = [h for h in self.heads if h.task in op.tasks]
         if any(FUSED in h.sources for h in heads):
             with jax.named_scope("fusion"):
-                features[FUSED] = self.fusion(dict(features), present, train=train)
+                features[FUSED] = self.fusion(dict(features), several, train=train)
         logits = {}
         for head in heads:
             reads = {
@@ -139,10 +154,19 @@ class MultiGranularityModel(nn.Module):
             }
             if reads:
                 with jax.named_scope(f"head_{head.name}"):
-                    logits[head.name] = self.head[head.name](reads, present, train=train)
+                    logits[head.name] = self.head[head.name](reads, several if len(reads) > 1 else present, train=train)
         if unanswered := set(op.tasks) - {h.task for h in heads if h.name in logits}:
             raise DeclarationError(f"no head can answer {sorted(unanswered)} from the active {list(op.active)}")
         return Outputs(logits)
+
+    def _dropped(self, features: Mapping[str, Features], present: Mapping | None) -> dict:
+        """What is present once each granularity was dropped by chance; where all would be, all that is there stays."""
+        names = sorted(features)
+        rows = features[names[0]].vector.shape[0]
+        there = jnp.stack([(present or {}).get(n, jnp.ones(rows, bool)) for n in names], 1)
+        kept = there & jax.random.bernoulli(self.make_rng("dropout"), 1 - self.granularity_dropout, there.shape)
+        kept = jnp.where(kept.any(1, keepdims=True), kept, there)
+        return dict(present or {}) | {n: kept[:, i] for i, n in enumerate(names)}
 
     def _check(self, op: OperatingPoint) -> None:
         known = {g.name for g in self.granularities}, {t.name for t in self.tasks}

@@ -2,7 +2,10 @@
 
 import os
 import pathlib
+import signal
 
+# A shell's background job ignores Ctrl-C, and so would all programs that tests start from there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

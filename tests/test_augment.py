@@ -508,3 +508,22 @@ def test_a_config_becomes_an_augmentation():
         Augment.from_config(chosen, mean, std, (24, 32, 3))
     with pytest.raises(config.ConfigError, match="erase is 2"):
         config.override(AugmentConfig(), {"erase": 2.0})
+
+
+def test_pieces_come_last_and_leave_their_pixels():
+    batch = Batch({"image": photo(32)}, {}, np.ones(32, bool), np.arange(32))
+    augment, key = Augment((100.0,) * 3, (50.0,) * 3, padding=2), jax.random.key(4)
+    whole, cut = augment(batch, key), augment(batch, key, 1.0, 4)
+    sort = lambda image: np.sort(np.asarray(image).reshape(32, -1), 1)
+    np.testing.assert_array_equal(sort(whole.inputs["image"]), sort(cut.inputs["image"]))
+    assert (np.asarray(whole.inputs["image"]) != np.asarray(cut.inputs["image"])).any()
+    with pytest.raises(DataError, match="cannot be cut into 5 pieces a side"):
+        augment(batch, key, 1.0, 5)
+
+
+def test_what_is_mixed_in_brings_what_it_counts_and_where_it_lies():
+    batch = Batch({"image": photo(4)}, {"c": np.arange(4)}, np.ones(4, bool), np.arange(4) + 10)
+    batch = batch.replace(weights={"g": np.float32([1, 0, 2, 3])})
+    mixed = Augment((100.0,) * 3, (50.0,) * 3, mixup=1.0)(batch, jax.random.key(0))
+    assert mixed.partner["c"].tolist() == [1, 0, 3, 2] and mixed.partner_index.tolist() == [11, 10, 13, 12]
+    assert mixed.partner_weights["g"].tolist() == [0, 1, 3, 2] and mixed.weights["g"].tolist() == [1, 0, 2, 3]

@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from experiments.benchmarks import convolution, depthwise, kill_resume
+from experiments.benchmarks import balancing, convolution, depthwise, kill_resume
+from mgjax.balancing import BALANCERS
 from mgjax.branches import MobileNetV2
 from mgjax.ops.depthwise import shift
 
@@ -59,6 +60,18 @@ def test_depthwise_step(monkeypatch):
     monkeypatch.setattr(shift, "kernel_gradient", lambda *args: 2 * right(*args))
     with pytest.raises(SystemExit, match="the gradient differs"):
         depthwise.compare_steps(branch, batch=2, side=4, rounds=1, say=print)
+
+
+def test_balancing(tmp_path, capsys):
+    shrunk = ["--rounds=2", "--batch=4", "--granularities=3", "--side=8"]
+    balancing.main([*shrunk, f"--json={tmp_path / 'figures.json'}"])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert all(np.isfinite(v) and v > 0 for v in figures.values())
+    for name, method in BALANCERS.items():
+        titles = [f"{name} every {method().every}", f"{name} every 1"] if method.seam else [name]
+        for title in titles:
+            assert {f"{title} ms"} | ({f"{title} / equal"} if name != "equal" else set()) <= set(figures), title
+    assert "every 10 steps" in capsys.readouterr().out
 
 
 def test_kill_resume(tmp_path, capsys):

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, digits_mg, imagenet_mg
-from experiments.vision import FORMS, branch_of, build_model, build_plan, points_of, taps_of
+from experiments import cifar_mg, common, digits_mg, imagenet_mg
+from experiments.vision import FORMS, PLANS, branch_of, build_model, build_plan, points_of, taps_of
 from mgjax import Taxonomy
 from mgjax import config as cfg
 from mgjax.branches import NAMED_BRANCHES
@@ -282,6 +282,72 @@ def test_digits_shrunk(preset, tmp_path):
 def test_digits_that_do_not_fit(given, says):
     with pytest.raises(ConfigError, match=says):
         build_model(digits(**given).model, "fused", FLAT, (28, 28, 3), digits_mg.FORMS)
+
+
+def cifar(**given):
+    chosen, _ = cifar_mg.resolve("cpu", given)
+    return cfg.override(cifar_mg.Config(), chosen | given)
+
+
+def cifar_model(config):
+    return build_model(config.model, config.preset, CIFAR, (32, 32, 3), cifar_mg.FORMS)
+
+
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+@pytest.mark.parametrize("preset", cifar_mg.FORMS)
+def test_cifar_as_it_is_under_eval_shape(preset, size):
+    config = cifar(preset=preset, size=size)
+    model, image = cifar_model(config), {"image": jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)}
+    plan = build_plan(config.plan, model, 47_500)
+    for op in {s.op for s in plan} | set(points_of(model).values()):
+        made = jax.eval_shape(lambda x, op=op: model.init_with_output(jax.random.key(0), x, op, train=False)[0], image)
+        assert {n: v.shape[1] for n, v in made.logits.items()} == {h: CIFAR.size(h) for h in op.tasks}
+    assert config.objective.balance == (preset.removeprefix("balanced-") if "balanced" in preset else "equal")
+    assert len(plan) == (3 if preset == "staged" else 1)
+
+
+def test_presets_of_cifar_train_for_as_many_flops():
+    image, costs = {"image": jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)}, {}
+    for preset in ("flat", "superclass", "joint", "stopgrad", "staged"):
+        config = cifar(preset=preset)
+        model = cifar_model(config)
+        variables = jax.eval_shape(lambda x, m=model: m.init(jax.random.key(0), x, m.everything, train=False), image)
+        cost = lambda op, m=model, v=variables: count_flops(lambda v, x: m.apply(v, x, op, train=False).logits, v, image).total
+        costs[preset] = sum(s.steps * s.batch_size * cost(s.op) for s in build_plan(config.plan, model, 47_500))
+    assert max(costs.values()) / min(costs.values()) < 1.05, costs
+
+
+@pytest.mark.parametrize("preset", ["flat", "joint", "staged", "balanced-cagrad", "balanced-dwa"])
+def test_cifar_shrunk(preset, shared_data, tmp_path):
+    small = {"data.dir": str(shared_data / "tfds"), "data.limit": 200, "plan.max_steps": 2, "model.widths": (4, 8, 8)}
+    config = cifar(preset=preset, **small | {"plan.batch_size": 16, "plan.eval_batch_size": 40, "log.contributions": 2})
+    facts, _ = cifar_mg.train(config, tmp_path, {})
+    assert len(facts["stages"]) == (3 if preset == "staged" else 1) and set(facts["test"]["levels"]) == {"superclass", "class"}
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert any("part/gradient/class" in r for r in records)
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_every_kind_of_plan_fits_a_form(kind):
+    preset = "branches" if kind == "growth" else "taps"
+    config = configured(**{"preset": preset, "plan.kind": kind, "plan.resolution": (0.5, 0.75)})
+    model = build_model(config.model, preset, procedural.taxonomy(), (32, 32, 3))
+    plan = build_plan(config.plan, model, 1000)
+    assert plan[-1].op == model.everything and plan[-1].pieces == 1
+    stages = {"joint": 1, "backbone_first": 2, "progressive_resolution": 3}.get(kind, 4)
+    assert len(plan) == stages
+    assert [s.pieces for s in plan] == ([8, 4, 2, 1] if kind == "progressive_jigsaw" else [1] * stages)
+    if kind == "growth":
+        assert plan[1].grows == (("branches_form", "branches_part"),)
+        with pytest.raises(ConfigError, match="needs a branch per granularity"):
+            taps = configured(**{"plan.kind": kind})
+            build_plan(taps.plan, build_model(taps.model, "taps", procedural.taxonomy(), (32, 32, 3)), 1000)
+
+
+def test_stochastic_depth_where_a_branch_has_it():
+    assert branch_of(configured(**{"model.drop_path": 0.2}).model, (32, 32, 3)).drop_path == 0.2
+    with pytest.raises(ConfigError, match="'conv' has no stochastic depth"):
+        branch_of(configured(**{"model.branch": "conv", "model.drop_path": 0.2}).model, (32, 32, 3))
 
 
 @pytest.mark.parametrize("branch", ["mlp", "vit_ti"])

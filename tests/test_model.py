@@ -228,3 +228,57 @@ def declare(**changes):
 def test_declarations_that_do_not_fit(call, says):
     with pytest.raises(DeclarationError, match=says):
         call()
+
+
+# ---------------------------------------------------------------------- granularity dropout
+
+
+def dropped(rate, seed=0, train=True, model=None):
+    """What the fused head says where granularities are dropped by chance, with fixed features."""
+    model = (model or branches()).clone(granularity_dropout=rate)
+    variables = initialise(model)
+    features = model.apply(variables, INPUTS, model.everything, train=False, method="features")
+    rngs = {"dropout": jax.random.key(seed)}
+    say = lambda present=None: model.apply(
+        variables, features, model.everything, present=present, train=train, rngs=rngs, method="answer"
+    )
+    return say, features
+
+
+def test_a_dropped_granularity_is_as_one_that_is_absent():
+    plain, _ = dropped(0.0, train=False)
+    absent = jnp.zeros(4, bool)
+    cases = [plain().logits["sub"]] + [plain({g: absent}).logits["sub"] for g in ("coarse", "fine")]
+    seen = set()
+    for seed in range(8):
+        say, _ = dropped(0.6, seed)
+        for row, logits in enumerate(np.asarray(say().logits["sub"])):
+            (which,) = [i for i, case in enumerate(cases) if np.allclose(logits, case[row], atol=1e-6)]
+            seen.add(which)
+    assert seen == {0, 1, 2}, "both, and each of the two alone"
+
+
+def test_granularity_dropout_spares_evaluation_single_sources_and_the_last_granularity():
+    say, _ = dropped(0.9, train=False)
+    plain, _ = dropped(0.0, train=False)
+    np.testing.assert_array_equal(say().logits["sub"], plain().logits["sub"])
+    # A head with one source reads it always, one with two does not.
+    say, _ = dropped(0.9, model=taps())
+    plain, _ = dropped(0.0, train=False, model=taps())
+    np.testing.assert_array_equal(say().logits["sub"], plain().logits["sub"])
+    assert (say().logits["super"] != plain().logits["super"]).any()
+    # What is absent anyway is not what stays.
+    say, _ = dropped(0.99)
+    only_fine = say({"coarse": jnp.zeros(4, bool)}).logits["sub"]
+    plain, _ = dropped(0.0, train=False)
+    np.testing.assert_allclose(only_fine, plain({"coarse": jnp.zeros(4, bool)}).logits["sub"], atol=1e-6)
+
+
+def test_granularities_of_one_tap_are_one_feature_at_the_seam():
+    model = taps()
+    assert model.shared(model.everything) == [["coarse"], ["fine"]]
+    same = model.clone(granularities=[Granularity("coarse", "trunk", "stage2"), Granularity("fine", "trunk", "stage2")])
+    assert same.shared(model.everything) == [["coarse", "fine"]]
+    assert same.shared(OperatingPoint(("fine",), ("sub",))) == [["fine"]]
+    other = same.clone(projections={"fine": GranularityProjection(4)})
+    assert other.shared(model.everything) == [["coarse"], ["fine"]]

@@ -231,3 +231,25 @@ def test_flops_of_a_convolution_and_its_gradients():
     both = count_flops(jax.grad(lambda x, w: conv(x, w).sum(), argnums=(0, 1)), x, w).matmul
     # The gradients cost about as much each (borders differ a little); the forward pass is dead code.
     assert 2 * forward <= both <= 3.3 * forward
+
+
+# ---------------------------------------------------------------------- pieces
+
+
+def test_pieces_are_whole_and_every_image_has_an_order_of_its_own():
+    images = jnp.arange(3 * 6 * 4.0).reshape(3, 6, 4, 1)
+    same = jnp.broadcast_to(images[:1], (3, 6, 4, 1))
+    got = np.asarray(ops.jigsaw(jax.random.key(1), same, 2))
+    pieces = lambda image: {image[i : i + 3, j : j + 2].tobytes() for i in (0, 3) for j in (0, 2)}
+    for image in got:
+        assert pieces(image) == pieces(np.asarray(same[0]))
+    assert len({image.tobytes() for image in got}) > 1
+    np.testing.assert_array_equal(ops.jigsaw(jax.random.key(1), images, 1), images)
+    with pytest.raises(ValueError, match="cannot be cut into 4 pieces"):
+        ops.jigsaw(jax.random.key(1), images, 4)
+
+
+def test_every_order_of_pieces_comes_up_alike():
+    image = jnp.broadcast_to(jnp.arange(4.0).reshape(1, 2, 2, 1), (4800, 2, 2, 1))
+    orders, counts = np.unique(np.asarray(ops.jigsaw(jax.random.key(0), image, 2)).reshape(-1, 4), axis=0, return_counts=True)
+    assert len(orders) == 24 and (abs(counts - 200) < 5 * np.sqrt(200)).all()

@@ -162,13 +162,16 @@ def test_one_fused_gradient_reduction_two_per_batch_norm_and_no_gather_of_activa
     inputs = jax.eval_shape(lambda b: AUGMENT.normalise(b).inputs, next(batches(1)))
     variables = jax.eval_shape(lambda r, x: model.init(r, x, model.everything, train=False), jax.random.key(0), inputs)
     norms = len(flatten_dict(variables.get("batch_stats", {}))) // 2
-    reductions = [of for kind, of in collectives(text) if kind == "all-reduce"]
+    # Beside the examples that count in each head's mean, a number a head, which the gradients wait for.
+    counts = [(len(model.heads),)]
+    reductions = [of for kind, of in collectives(text) if kind == "all-reduce" and of != counts]
     # The last one has the kernel of the first layer, whose gradient comes last.
     last = [of for of in reductions if (3, 3, 3, 4) in of]
     assert len(last) == 1 and len(reductions) <= 1 + 2 * norms, reductions
-    # Without statistics, which travel earlier with some of the gradients, it has all of them.
+    # Without statistics, which travel earlier with some of the gradients, it has all of them, and each head's loss.
     count = lambda shapes: sum(int(np.prod(s)) for s in shapes)
-    assert norms or count(last[0]) == count(p.shape for p in jax.tree.leaves(variables["params"]))
+    params = count(p.shape for p in jax.tree.leaves(variables["params"]))
+    assert norms or count(last[0]) == params + len(model.heads)
     moved = {s for kind, of in collectives(text) if kind != "all-reduce" for s in of}
     assert not {kind for kind, _ in collectives(text)} & {"all-to-all", "collective-permute"}
     params = {tuple(p.shape) for p in jax.tree.leaves(variables["params"])}

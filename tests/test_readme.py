@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import compare
+from experiments import ablation, compare
 from tests.test_experiments import SMALL, command, finish, small_images
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -60,6 +60,19 @@ def test_runs_are_compared_as_the_readme_says(monkeypatch, capsys):
     compare.main(arguments)
     said = capsys.readouterr().out
     assert "texture" in said and "348,292" in said
+
+
+def test_presets_are_compared_as_the_readme_says(shared_data, tmp_path, capsys):
+    """All that is asked for, shown; one of its runs, shrunk."""
+    (line,) = [line for line in LINES if line.startswith("python -m experiments.ablation")]
+    arguments = [a.replace("=DIR", f"={shared_data / 'tfds'}") for a in shlex.split(line)[3:]]
+    arguments = [a for a in arguments if not a.startswith("--workdir")] + [f"--workdir={tmp_path / 'W'}"]
+    ablation.main([*arguments, "--dry_run"])
+    assert capsys.readouterr().out.count("python -m experiments.cifar_mg") == 9
+    shrunk = [a.removeprefix("--config.") for a in SMALL]
+    ablation.main([*arguments, "--presets=flat", "--seeds=0", "--set", *shrunk])
+    said = capsys.readouterr().out
+    assert "flat" in said and "superclass" in said and (tmp_path / "W" / "flat-seed0" / "summary.json").exists()
 
 
 def test_prepare_is_called_as_the_readme_says():

@@ -267,10 +267,12 @@ def test_the_best_checkpoint_is_kept_and_tested_if_asked(tmp_path):
 
 def test_best_knows_errors_from_merits():
     best = Best()
-    assert best.see("x/accuracy", 0.5, 1) and not best.see("x/accuracy", 0.5, 2) and best.since == 1
-    assert not best.see("x/accuracy", float("nan"), 3) and best.see("x/accuracy", 0.6, 4) and best.since == 0
+    assert best.see("x/accuracy", 0.5, 1) and not best.see("x/accuracy", 0.5, 2)
+    assert not best.see("x/accuracy", float("nan"), 3) and best.see("x/accuracy", 0.6, 4) and best.number == 4
+    assert [best.see_stage("y/accuracy", v) for v in (0.5, 0.5, float("nan"), 0.6)] == [0, 1, 2, 0]
     best.end_stage()
-    assert not best.see("x/accuracy", 0.1, 5) and best.since == 0, "patience is that of a stage"
+    assert best.see_stage("z/rmse", 9.0) == 0 and best.see_stage("z/rmse", 8.0) == 0, "patience is that of a stage"
+    assert best.value == 0.6
     worse = Best()
     assert worse.see("tree_distance", 2.0, 1) and worse.see("tree_distance", 1.0, 2) and not worse.see("tree_distance", 3.0, 3)
     assert lower_is_better("val/rmse") and not lower_is_better("class/f1")

@@ -146,12 +146,14 @@ class Kept(NamedTuple):
         params: that it trains.
         split: of those, the paths of what lies in parts on the axis `fsdp`.
         fsdp: devices along that axis.
+        heads: of which each has a loss, which travel as one vector.
     """
 
     params: dict[str, tuple[int, ...]]
     split: frozenset[str]
     statistics: dict[str, tuple[int, ...]]
     fsdp: int
+    heads: int = 0
 
 
 @dataclasses.dataclass
@@ -204,6 +206,8 @@ def traffic(found: Iterable[Collective], kept: Kept) -> Traffic:
                     result.scattered += wire
             elif one.kind in ("all-reduce", "reduce-scatter") and key in statistics:
                 what = STATISTICS
+            elif key == (kept.heads,):
+                what = SCALARS
             else:
                 what = OTHER
             result.arrays[what] += 1
@@ -257,7 +261,8 @@ def traced_step(config: Config, mesh: Mesh, levels: Mapping[str, int] = LEVELS):
     params = {path: x for path, x in flatten_dict(state.params, sep="/").items() if path in trains}
     shapes = lambda flat: {path: x.shape for path, x in flat.items()}
     split = frozenset(path for path, x in params.items() if "fsdp" in x.sharding.spec)
-    return traced, Kept(shapes(params), split, shapes(flatten_dict(state.stats, sep="/")), mesh.shape["fsdp"]), state
+    statistics = shapes(flatten_dict(state.stats, sep="/"))
+    return traced, Kept(shapes(params), split, statistics, mesh.shape["fsdp"], len(model.heads)), state
 
 
 def programs(traced) -> tuple[str, str]:

@@ -70,7 +70,7 @@ class Resident:
             model, Objective(model.tasks, model.heads), AUGMENT, optimizer, SEED,
             mesh=mesh, shardings=jax.tree.map(lambda x: x.sharding, self.state),
         )  # fmt: skip
-        self.arguments = to_device(batch, mesh), scalar_to_device(1e-3, mesh)
+        self.arguments = to_device(batch, mesh), scalar_to_device(np.float32([1e-3]), mesh)  # one per parameter group
         trains = trained_paths(stage, needed_paths(model, stage.op, inputs))
         traced = step.trace(self.state, *self.arguments, op=stage.op, trains=trains, strength=stage.augment)
         self.flops, self.compiled = count_jaxpr(traced.jaxpr.jaxpr).total, traced.lower().compile()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mgjax.branches.base import Branch, check_image, per_stage, published, scale_width
 from mgjax.contracts import FeatureInfo
 from mgjax.errors import InputError
-from mgjax.layers import Conv, patches
+from mgjax.layers import Conv, DropPath, patches
 
 EXPANSION = {"basic": 1, "bottleneck": 4}
 STEMS = {"imagenet": 4, "cifar": 1, "patch": 2}  # reduction of each
@@ -27,6 +27,7 @@ class ResidualBlock(nn.Module):
     norm: str
     activation: Callable
     dtype: jnp.dtype
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x, *, train: bool):
@@ -45,7 +46,7 @@ class ResidualBlock(nn.Module):
             )
         if x.shape != y.shape:
             x = Conv(out, 1, self.stride, activation=None, name="shortcut", **common)(x, train=train)
-        return self.activation(x + y)
+        return self.activation(x + DropPath(self.drop_path)(y, train=train))
 
 
 class ResNet(Branch):
@@ -64,6 +65,7 @@ class ResNet(Branch):
             (2×2 means before the block; on a CPU a strided convolution's gradient is slow).
         norm, activation, dtype: as in `mgjax.layers.Conv`.
         remat: compute blocks again in the backward pass instead of keeping what they computed.
+        drop_path: probability of leaving out the last block, falling to 0 at the first.
 
     Example:
         >>> import jax
@@ -86,6 +88,7 @@ class ResNet(Branch):
     activation: Callable = nn.relu
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    drop_path: float = 0.0
 
     @classmethod
     def named(cls, name: str, *, width: float = 1.0, **options) -> ResNet:
@@ -128,13 +131,16 @@ class ResNet(Branch):
             x = Conv(width, 3, name="stem", **common)(x, train=train)
         if reader.offer("stem", x):
             return reader.features
+        done, total = 0, sum(self.blocks)
         for i, (count, width) in enumerate(zip(self.blocks, self.widths)):
             stride = 2 if i else 1
             if i and self.downsample == "pool":
                 x, stride = nn.avg_pool(x, (2, 2), (2, 2)), 1
             for j in range(count):
-                block = ResidualBlock(width, self.kind, stride if j == 0 else 1, name=f"stage{i + 1}_block{j + 1}", **common)
-                x = self.run(block, x, train=train)
+                drop = self.drop_path * done / max(1, total - 1)
+                name = f"stage{i + 1}_block{j + 1}"
+                block = ResidualBlock(width, self.kind, stride if j == 0 else 1, drop_path=drop, name=name, **common)
+                x, done = self.run(block, x, train=train), done + 1
             if reader.offer(f"stage{i + 1}", x):
                 break
         return reader.features

@@ -4,6 +4,7 @@ from mgjax.data.augment import Augment, AugmentConfig
 from mgjax.data.crops import Crop
 from mgjax.data.datasets import DataConfig, Dataset, load_dataset
 from mgjax.data.images import DecodeError
+from mgjax.data.partition import membership
 from mgjax.data.pipeline import eval_batches, train_batches
 from mgjax.data.sources import ArraySource, DataError, EncodedSource, FileSource, Source, Subset
 
@@ -22,5 +23,6 @@ __all__ = [
     "Subset",
     "eval_batches",
     "load_dataset",
+    "membership",
     "train_batches",
 ]

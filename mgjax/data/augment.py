@@ -146,7 +146,7 @@ class Augment:
             image = ops.center_crop(image, height, width)
         return self._finish(batch, image, targets)
 
-    def __call__(self, batch: Batch, rng: jax.Array, strength: float = 1.0) -> Batch:
+    def __call__(self, batch: Batch, rng: jax.Array, strength: float = 1.0, pieces: int = 1) -> Batch:
         """Augments and normalises.
 
         Args:
@@ -154,11 +154,24 @@ class Augment:
                 zoom, shear, jitter and RandAugment's magnitude shrink in proportion, the
                 proportions of a resized crop towards 1 and its area towards the whole image;
                 erasing and mixing hit fewer rows. The flip stays.
+            pieces: static; last of all, images are cut into pieces × pieces patches, which are put together in a random
+                order, one per example (`ops.jigsaw`); 1 leaves them whole. Boxes and masks stay as they are, and then
+                mean nothing: such batches are for labels.
 
         Raises:
-            DataError: a strength out of its bounds, a size larger than the images, or mixing of
-                an odd number of rows.
+            DataError: a strength out of its bounds, a size larger than the images, mixing of
+                an odd number of rows, or pieces that do not divide the images.
         """
+        batch = self._augmented(batch, rng, strength)
+        if pieces == 1:
+            return batch
+        image = batch.inputs["image"]
+        if any(n % pieces for n in image.shape[1:3]):
+            raise DataError(f"images of {image.shape[1]} × {image.shape[2]} pixels cannot be cut into {pieces} pieces a side")
+        image = ops.jigsaw(jax.random.fold_in(rng, 3), image, pieces)
+        return batch.replace(inputs=batch.inputs | {"image": image})
+
+    def _augmented(self, batch: Batch, rng: jax.Array, strength: float) -> Batch:
         if not 0 <= strength <= 1:
             raise DataError(f"the strength of the augmentation is {strength}; it lies between 0 and 1")
         if strength == 0:
@@ -287,7 +300,14 @@ class Augment:
             window = jnp.where(mixed & pasted, ops.symmetric_beta(share_key, self.cutmix, rows), 1.0)
             image, own = ops.cutmix(place_key, image, partner, window)
             share = share * own
-        return image, batch.replace(partner={k: ops.swap_pairs(v) for k, v in batch.targets.items()}, share=share)
+        swapped = lambda arrays: {k: ops.swap_pairs(v) for k, v in arrays.items()}
+        batch = batch.replace(
+            partner=swapped(batch.targets),
+            share=share,
+            partner_weights=swapped(batch.weights),
+            partner_index=ops.swap_pairs(batch.index),
+        )
+        return image, batch
 
 
 def _shift(top, left):

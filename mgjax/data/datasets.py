@@ -21,6 +21,7 @@ from mgjax.data.sources import (
     Subset,
     base_of,
     in_memory,
+    partly_labelled,
     shuffled,
     split,
     with_test,
@@ -49,6 +50,15 @@ class DataConfig:
     image_size: int = key(0, "fit images to squares of this side, in pixels (0: as they are)", low=0)
     validation: float = key(0.05, "share of train that is split off for validation where the dataset has none")
     test: float = key(0.2, "share of train that is split off for the test where a folder or table has no other split")
+    labelled: float = key(
+        1.0,
+        "share of the training examples that keep the label of the finest level; the others keep their coarser ones",
+        low=0,
+        high=1,
+    )
+    unlabelled: str = key(
+        "keep", "what becomes of the others: they stay in training, or are left out of it", choices=("keep", "drop")
+    )
     crop: str = key(
         "device",
         "where random resized crops are cut: on the device from the fitted images, or on the host from the whole files",
@@ -58,7 +68,7 @@ class DataConfig:
     on_error: str = key("error", "an image that does not decode stops the run, or is masked", choices=("error", "mask"))
     cache_gb: float = key(4.0, "decoded splits up to this size are kept in memory, in GB", low=0)
     limit: int = key(0, "use only so many examples of each split, for a quick look (0: all)", low=0)
-    seed: int = key(0, "of the splits that are split off, and of the procedural images")
+    seed: int = key(0, "of the splits that are split off, of who is labelled, and of the procedural images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +77,8 @@ class Dataset:
 
     Attributes:
         name: as in `DataConfig.source`.
-        train, validation, test: sources. Validation chooses; test is read once, at the end.
+        train, validation, test: sources. Validation chooses; test is read once, at the end. Labels that
+            `DataConfig.labelled` takes away are missing in train alone.
         taxonomy: of the labels; every level is a key of the examples.
         image_shape: (height, width, channels).
         mean, std: per channel, of uint8 images, from a sample of train.
@@ -94,6 +105,8 @@ def load_dataset(config: DataConfig) -> Dataset:
         raise DataError(f"data.on_error is 'error' or 'mask', not '{config.on_error}'")
     if config.crop not in ("device", "host"):
         raise DataError(f"data.crop is 'device' or 'host', not '{config.crop}'")
+    if config.unlabelled not in ("keep", "drop"):
+        raise DataError(f"data.unlabelled is 'keep' or 'drop', not '{config.unlabelled}'")
     if config.limit < 0 or config.image_size < 0:
         raise DataError(f"data.limit is {config.limit} and data.image_size {config.image_size}; neither can be below 0")
     kind, _, name = config.source.partition(":")
@@ -142,6 +155,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     pixels = sample["image"][sample["valid"]].astype(np.float64)
     if not len(pixels):
         raise DataError(f"{sources['train'].name}: none of the first images decodes")
+    drop = config.unlabelled == "drop"
+    sources["train"] = partly_labelled(sources["train"], taxonomy.levels[-1], config.labelled, config.seed, drop)
     return Dataset(
         config.source,
         **sources,
@@ -174,4 +189,4 @@ def _limited(source: Source, limit: int, spread: bool) -> Subset:
 
 def _cached(source: Source, shape, limit_gb: float) -> Source:
     small = len(source) * math.prod(shape) <= limit_gb * 1e9
-    return in_memory(source) if small else source
+    return in_memory(source) if small and not isinstance(base_of(source), ArraySource) else source

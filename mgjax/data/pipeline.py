@@ -3,7 +3,7 @@ pass for evaluation. One integer, the number of examples seen, is the whole posi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import grain
 import numpy as np
@@ -32,6 +32,7 @@ def _assemble(
     targets: tuple[str, ...],
     rows: int,
     windows: Windows | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
 ) -> Batch:
     """Reads examples and pads them with masked repeats of the first to `rows` rows; `windows` needs all rows."""
     padding = rows - len(indices)
@@ -52,6 +53,7 @@ def _assemble(
         targets=labels | {t: example[t] for t in targets},
         mask=valid,
         index=np.where(real, positions, -1).astype(np.int32),
+        weights={name: np.where(valid, table[positions], np.float32(0)) for name, table in (weights or {}).items()},
     )
 
 
@@ -68,6 +70,7 @@ def train_batches(
     processes: int = 1,
     workers: int = 0,
     crop: Crop | None = None,
+    weights: Mapping[str, np.ndarray] | None = None,
 ) -> Iterator[Batch]:
     """Yields `steps` batches of numpy arrays, from position `examples_seen` on.
 
@@ -81,9 +84,11 @@ def train_batches(
         workers: processes that read ahead; 0 = threads of this one. Each takes whole batches in turn, and some
             seconds to start. Of examples in memory there is nothing to read: they are taken here.
         crop: cuts each image where it is decoded; needs a source of encoded images.
+        weights: granularity → float [len(source)], as `membership` makes it; goes into `Batch.weights`.
 
     Raises:
-        DataError: a batch that the processes do not divide, or a crop of images that are decoded already.
+        DataError: a batch that the processes do not divide, a crop of images that are decoded already, or weights
+            of another number of examples, below 0 or not finite.
         TaxonomyError: a label outside the taxonomy.
 
     Example:
@@ -99,12 +104,20 @@ def train_batches(
             f"{source.name}: only images that are decoded one by one can be cut on the host: set --config.data.crop=device"
         )
     order = shuffled(len(source), seed)
+    weights = {name: np.asarray(table, np.float32) for name, table in (weights or {}).items()}
+    for name, table in weights.items():
+        if table.shape != (len(source),):
+            raise DataError(
+                f"{source.name} has {len(source)} examples, but the weights of granularity '{name}' are of shape {table.shape}"
+            )
+        if not ((table >= 0) & (table < np.inf)).all():
+            raise DataError(f"{source.name}: a weight of granularity '{name}' is below 0 or not finite")
 
     def load(step: int) -> Batch:
         start = examples_seen + step * batch_size + rows.start
         count = rows.stop - rows.start
         windows = crop.draw(start, count) if crop else None
-        return _assemble(source, order.take(start, start + count), taxonomy, targets, count, windows)
+        return _assemble(source, order.take(start, start + count), taxonomy, targets, count, windows, weights)
 
     return _read(load, steps, source, workers)
 

@@ -16,8 +16,9 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from mgjax.data.crops import Window, Windows
-from mgjax.data.images import DecodeError, decode_crop, decode_rgb, fit
+from mgjax.data.images import DecodeError, _header, decode_crop, decode_rgb, fit
 from mgjax.errors import InputError
+from mgjax.taxonomy import UNKNOWN
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class ArraySource:
     Args:
         arrays: key → array; all share their first axis.
         name: for messages.
+        origin: what they were read from, if it can tell more of the same examples: further columns, how large
+            the images' files are.
 
     Raises:
         DataError: arrays of different lengths, or none.
@@ -57,11 +60,11 @@ class ArraySource:
         [2, 0]
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], name: str = "arrays"):
+    def __init__(self, arrays: Mapping[str, np.ndarray], name: str = "arrays", origin: Source | None = None):
         lengths = {key: len(value) for key, value in arrays.items()}
         if len(set(lengths.values())) != 1:
             raise DataError(f"{name}: arrays of one length are needed, got {lengths}")
-        self.name = name
+        self.name, self.origin = name, origin
         self.arrays = {"valid": np.ones(next(iter(lengths.values())), bool)} | dict(arrays)
 
     def __len__(self) -> int:
@@ -85,9 +88,38 @@ class Subset:
         return self.source.take(chosen) if windows is None else self.source.take(chosen, windows)
 
 
+class Unlabelled:
+    """Another source, some of whose examples are unknown (-1) at one level; of encoded images it takes windows too.
+
+    Args:
+        source: what is wrapped.
+        level: the level.
+        hidden: bool [len(source)]; the examples that lose their label.
+
+    Example:
+        >>> source = Unlabelled(ArraySource({"class": np.arange(3)}), "class", np.array([True, False, True]))
+        >>> source.take(np.array([1, 2]))["class"].tolist()
+        [1, -1]
+    """
+
+    def __init__(self, source: Source, level: str, hidden: np.ndarray):
+        self.source, self.level, self.hidden, self.name = source, level, hidden, source.name
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def take(self, indices: np.ndarray, windows: Windows | None = None) -> dict[str, np.ndarray]:
+        example = self.source.take(indices) if windows is None else self.source.take(indices, windows)
+        return dict(example) | {self.level: self.hide(example[self.level], indices)}
+
+    def hide(self, labels: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """The labels of the examples at `indices`, without those that are lost."""
+        return np.where(self.hidden[indices], np.int32(UNKNOWN), np.asarray(labels, np.int32))
+
+
 def base_of(source: Source) -> Source:
-    """What a subset is taken from, in the end."""
-    while isinstance(source, Subset):
+    """What a source is taken from, in the end."""
+    while isinstance(source, Subset | Unlabelled):
         source = source.source
     return source
 
@@ -161,6 +193,34 @@ class EncodedSource:
         """The labels of an example whose image cannot be read."""
         return self.read(index)[1]
 
+    def column(self, key: str, indices: np.ndarray) -> np.ndarray | None:
+        """[len(indices)]; a label, or what else is known of examples without their images. None for an unknown key."""
+        found = [self.labels_of(int(i)).get(key) for i in indices]
+        return None if None in found else np.array(found)
+
+    def head(self, index: int) -> bytes:
+        """The first bytes of the encoded image, as many as say how large it is, or all. Raises as `read`."""
+        return self.read(index)[0]
+
+    def sides(self, indices: np.ndarray) -> np.ndarray:
+        """int64 [len(indices)]; pixels of the images' shorter sides before they are fitted, -1 for one that is masked.
+
+        JPEG and PNG say it in their header; of other formats the image is decoded.
+        """
+        parts = np.array_split(indices, 1 + len(indices) // 1024)
+        return np.concatenate(list(_pool().map(lambda part: np.array([self._side(int(i)) for i in part], np.int64), parts)))
+
+    def _side(self, index: int) -> int:
+        try:
+            shape = _header(self.head(index)).shape
+            if shape is None:
+                data = self.read(index)[0]
+                shape = _header(data).shape or decode_rgb(data).shape[:2]
+        except DecodeError as error:
+            self._refuse(index, error)
+            return -1
+        return min(shape)
+
     def _example(
         self, index: int, window: Window | None = None, place: np.ndarray | None = None
     ) -> tuple[np.ndarray | None, Mapping[str, int]]:
@@ -171,18 +231,24 @@ class EncodedSource:
                 return self._cut(data, window, len(place), place), labels
             image = decode_rgb(data, self.size)
         except DecodeError as error:
-            if self.on_error == "error":
-                raise DataError(
-                    f"{self.name}: the image of {self.describe(index)} does not decode ({error}); "
-                    "--config.data.on_error=mask goes on without it"
-                ) from None
-            if index not in self.bad:
-                self.bad[index] = str(error)
-                log.warning("%s: %s is masked, %d so far: %s", self.name, self.describe(index), len(self.bad), error)
+            self._refuse(index, error)
             return None, self.labels_of(index)
         return fit(image, self.size) if self.size else image, labels
 
+    def _refuse(self, index: int, error: DecodeError) -> None:
+        """Counts an image that does not decode, or raises DataError, as `on_error` has it."""
+        if self.on_error == "error":
+            raise DataError(
+                f"{self.name}: the image of {self.describe(index)} does not decode ({error}); "
+                "--config.data.on_error=mask goes on without it"
+            ) from None
+        if index not in self.bad:
+            self.bad[index] = str(error)
+            log.warning("%s: %s is masked, %d so far: %s", self.name, self.describe(index), len(self.bad), error)
 
+
+_LABELLED = 0x1ABE1  # tells the draw of who is labelled from other draws of the same seed
+_HEAD = 1 << 16  # bytes of a file, of which the first ones say how large its image is
 _WORKERS = min(16, os.cpu_count() or 1)
 
 
@@ -206,6 +272,8 @@ class FileSource(EncodedSource):
         paths: of the files, relative to `root`.
         labels: level → int32 [examples].
         name, size, on_error: as in `EncodedSource`.
+        columns: what else is known of the examples: key → array [examples]. It tells who is a member of a
+            granularity, and stands in no batch.
     """
 
     def __init__(
@@ -216,31 +284,40 @@ class FileSource(EncodedSource):
         name: str,
         size: int | None,
         on_error: str,
+        columns: Mapping[str, np.ndarray] | None = None,
     ):
         super().__init__(name, size, on_error)
         self.root, self.paths, self.labels = root, list(paths), dict(labels)
+        self.columns = dict(columns or {})
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: int) -> tuple[bytes, Mapping[str, int]]:
+        return self.head(index, None), self.labels_of(index)
+
+    def head(self, index: int, count: int | None = _HEAD) -> bytes:
         try:
-            data = (self.root / self.paths[index]).read_bytes()
+            with open(self.root / self.paths[index], "rb", buffering=0) as file:
+                return file.read(count) if count else file.readall()
         except OSError as error:
             raise DecodeError(f"cannot be read: {error.strerror}") from None
-        return data, self.labels_of(index)
 
     def labels_of(self, index: int) -> Mapping[str, int]:
         return {level: labels[index] for level, labels in self.labels.items()}
+
+    def column(self, key: str, indices: np.ndarray) -> np.ndarray | None:
+        found = self.labels.get(key, self.columns.get(key))
+        return None if found is None else found[indices]
 
     def describe(self, index: int) -> str:
         return f"example {index} ('{self.paths[index]}')"
 
 
 def in_memory(source: Source, chunk: int = 1024) -> ArraySource:
-    """Reads a whole source once, so that later passes only index arrays."""
+    """Reads a whole source once, so that later passes only index arrays; what it was read from stays known."""
     parts = [source.take(np.arange(i, min(i + chunk, len(source)))) for i in range(0, len(source), chunk)]
-    return ArraySource({key: np.concatenate([p[key] for p in parts]) for key in parts[0]}, source.name)
+    return ArraySource({key: np.concatenate([p[key] for p in parts]) for key in parts[0]}, source.name, source)
 
 
 def split(source: Source, count: int, seed: int = 0, name: str = "validation") -> tuple[Subset, Subset]:
@@ -261,6 +338,36 @@ def split(source: Source, count: int, seed: int = 0, name: str = "validation") -
         Subset(source, np.flatnonzero(~chosen), source.name),
         Subset(source, np.flatnonzero(chosen), f"{source.name} ({name})"),
     )
+
+
+def partly_labelled(source: Source, level: str, share: float, seed: int, drop: bool = False) -> Source:
+    """A source of which only a share of the examples has a label at `level`; the others keep those of other levels.
+
+    Who keeps it depends on `seed` and the length alone, and who does at one share does at every larger one.
+
+    Args:
+        share: in (0, 1]; round(share · examples) labels are left, at least one.
+        drop: the others are left out, in place of losing their label.
+
+    Raises:
+        DataError: a share that is not in (0, 1].
+
+    Example:
+        >>> source = ArraySource({"class": np.arange(10)})
+        >>> kept, dropped = (partly_labelled(source, "class", 0.3, seed=0, drop=d) for d in (False, True))
+        >>> labels = kept.take(np.arange(10))["class"]
+        >>> labels[labels >= 0].tolist() == dropped.take(np.arange(3))["class"].tolist()
+        True
+    """
+    if not 0 < share <= 1:
+        raise DataError(f"data.labelled is a share in (0, 1], not {share}")
+    count = max(1, round(share * len(source)))
+    if count == len(source):
+        return source
+    hidden = np.ones(len(source), bool)
+    # The order of training often has the same seed; without another one here its first steps would show the labelled alone.
+    hidden[shuffled(len(source), seed + _LABELLED).take(0, count)] = False
+    return Subset(source, np.flatnonzero(~hidden), source.name) if drop else Unlabelled(source, level, hidden)
 
 
 def with_test(sources: Mapping[str, Source], share: float, seed: int) -> dict[str, Source]:

@@ -1,7 +1,8 @@
 """`csv:FILE`: a table of images and labels.
 
 The column `path` (or `image`) holds the images' paths, relative to the file's folder; `split`, if it is there, one of
-train, validation (val) and test. Each further column is a level, coarse to fine. An empty cell below a label means
+train, validation (val) and test. Each further column is a level, coarse to fine, or, where levels are named, a column by which
+a granularity may choose its examples (`Column`). An empty cell below a label means
 that the label is a leaf that ends early if no row has a finer label below it, and unknown if one has. A row
 without any label is unknown at all levels.
 """
@@ -104,7 +105,8 @@ def load_table(
     for split in images:
         rows_of = np.flatnonzero(np.array(splits) == split)
         own = {level: values[rows_of] for level, values in labels.items()}
-        sources[split] = FileSource(path.parent, images[split], own, f"{name} {split}", size, on_error)
+        cells = {c: np.array([rows[i][1][c] for i in rows_of], object) for c in header if c not in labels}
+        sources[split] = FileSource(path.parent, images[split], own, f"{name} {split}", size, on_error, cells)
     return with_test(sources, test, seed), tree
 
 

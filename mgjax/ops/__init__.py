@@ -19,6 +19,7 @@ from mgjax.ops.geometry import (
     window_mask,
     window_matrix,
 )
+from mgjax.ops.jigsaw import jigsaw
 from mgjax.ops.mix import cutmix, erase, mixup, swap_pairs, symmetric_beta
 from mgjax.ops.resample import center_crop, crop, flip, resize, space_to_depth
 
@@ -34,6 +35,7 @@ __all__ = [
     "erase",
     "flip",
     "invert_matrix",
+    "jigsaw",
     "linear_map",
     "median",
     "mixup",

@@ -36,7 +36,12 @@ class StopConfig:
     metric: str = key(
         "", "of validation, such as class/accuracy, by which the best is told (empty: accuracy of the last level)"
     )
-    patience: int = key(0, "validations without a better one after which a stage ends (0: it runs to its end)", low=0)
+    patience: int = key(
+        0,
+        "validations without a better one after which a stage ends, by the metric, or by the finest level that the stage "
+        "answers where it has not that one (0: it runs to its end)",
+        low=0,
+    )
     use: str = key("last", "the checkpoint that is tested at the end", choices=("last", "best"))
 
 
@@ -59,7 +64,7 @@ class Best:
         metric: whose values these are; "" before the first one.
         value: of the best of the run.
         number: of the checkpoint that keeps it.
-        in_stage: the best value of this stage, by which patience goes.
+        in_stage: the best value of this stage's own metric, by which patience goes.
         since: validations since that one.
     """
 
@@ -70,26 +75,42 @@ class Best:
     since: int = 0
 
     def see(self, metric: str, value: float, number: int) -> bool:
-        """Takes one more validation; whether it is the best so far."""
-        sign = -1 if lower_is_better(metric) else 1
-        exceeds = lambda old: math.isfinite(value) and (not math.isfinite(old) or sign * value > sign * old)
-        if exceeds(self.in_stage):
+        """Takes one more validation of the run; whether it is the best so far."""
+        if better := _exceeds(metric, value, self.value):
+            self.metric, self.value, self.number = metric, value, number
+        return better
+
+    def see_stage(self, metric: str, value: float) -> int:
+        """Takes one more validation of the stage; how many there were since the best one."""
+        if _exceeds(metric, value, self.in_stage):
             self.in_stage, self.since = value, 0
         else:
             self.since += 1
-        if better := exceeds(self.value):
-            self.metric, self.value, self.number = metric, value, number
-        return better
+        return self.since
 
     def end_stage(self) -> None:
         """Patience begins anew."""
         self.in_stage, self.since = math.nan, 0
 
 
-def check_metric(config: StopConfig, known: Sequence[str]) -> None:
+def _exceeds(metric: str, value: float, old: float) -> bool:
+    sign = -1 if lower_is_better(metric) else 1
+    return math.isfinite(value) and (not math.isfinite(old) or sign * value > sign * old)
+
+
+def check_metric(metric: str, known: Sequence[str], where: str) -> None:
     """Raises ConfigError for a metric that no validation of the plan has."""
-    if config.metric and config.metric not in known:
-        raise ConfigError(f"--config.stop.metric is '{config.metric}'; validation has {', '.join(sorted(known))}")
+    if metric and metric not in known:
+        raise ConfigError(f"{where} is '{metric}'; validation has {', '.join(sorted(known))}")
+
+
+def check_patience(patience: int, validate_every: int, stage: str) -> None:
+    """Raises ConfigError for patience with validations that never come."""
+    if patience and not validate_every:
+        raise ConfigError(
+            f"stage '{stage}' has the patience of {patience} validations, but none come inside a stage: set "
+            "--config.log.validate_every"
+        )
 
 
 def keep_batch(batch, step: int, workdir: pathlib.Path) -> str:

@@ -20,10 +20,10 @@ from rich.console import Console
 from mgjax.config import key
 from mgjax.contracts import Batch
 from mgjax.flops import Flops, count_jaxpr
-from mgjax.granularity import OperatingPoint
+from mgjax.granularity import DeclarationError, OperatingPoint
 from mgjax.train.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
 from mgjax.train.distributed import is_main
-from mgjax.train.guards import Best, GuardConfig, NonFiniteError, StopConfig, check_metric, keep_batch
+from mgjax.train.guards import Best, GuardConfig, NonFiniteError, StopConfig, check_metric, check_patience, keep_batch
 from mgjax.train.mesh import (
     MeshConfig,
     batch_sharding,
@@ -35,12 +35,12 @@ from mgjax.train.mesh import (
 )
 from mgjax.train.meter import Compilations, Pace, ProfileConfig, Profiler, peak_memory
 from mgjax.train.monitor import Monitor, clock
-from mgjax.train.optim import OptimConfig, make_optimizer, make_schedule
+from mgjax.train.optim import OptimConfig, ParamGroup, make_optimizer
 from mgjax.train.position import Position
 from mgjax.train.signals import StopSignals
-from mgjax.train.stages import Stage, check_batch_size, check_plan, trained_paths
-from mgjax.train.state import TrainState, count_params, create_state, needed_paths
-from mgjax.train.step import make_eval_step, make_train_step
+from mgjax.train.stages import Stage, check_batch_size, check_plan, schedule_of, trained_paths
+from mgjax.train.state import TrainState, check_growth, count_params, create_state, grow, init_fn, needed_paths
+from mgjax.train.step import make_contributions, make_eval_step, make_train_step
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,12 @@ class Interrupted(SystemExit):
 class LogConfig:
     every: int = key(20, "steps between two records in metrics.jsonl and TensorBoard", low=1)
     validate_every: int = key(0, "steps between two validations inside a stage (0: at its end alone)", low=0)
+    contributions: int = key(
+        0,
+        "steps between two records of what each head, granularity and penalty contributes to loss and gradient, which costs "
+        "a few steps each time (0: none)",
+        low=0,
+    )
     wandb: str = key("", "project of Weights & Biases to which records go too (empty: none)")
 
 
@@ -64,12 +70,14 @@ class Feeds:
         train: (stage, examples_seen, steps) → batches.
         validation, test: () → batches.
         eval_batch_size: rows of the global evaluation batch.
+        examples: of an epoch; 0 = epochs are not told.
     """
 
     train: Callable[[Stage, int, int], Iterator[Batch]]
     validation: Callable[[], Iterator[Batch]]
     test: Callable[[], Iterator[Batch]]
     eval_batch_size: int
+    examples: int = 0
 
 
 def fetch(tree: Any) -> Any:
@@ -97,6 +105,7 @@ FREE = (
     *(f"checkpoint.{f.name}" for f in dataclasses.fields(CheckpointConfig)),
     *(f"guard.{f.name}" for f in dataclasses.fields(GuardConfig)),
     "log.every",
+    "log.contributions",
     "log.wandb",
     *(f"profile.{f.name}" for f in dataclasses.fields(ProfileConfig)),
     "stop.use",
@@ -106,7 +115,7 @@ FREE = (
 def fit(
     *,
     model,
-    objective: Callable,
+    objective,
     metrics,
     augment,
     plan: Sequence[Stage],
@@ -117,6 +126,7 @@ def fit(
     free: tuple[str, ...] = (),
     points: Mapping[str, OperatingPoint] | None = None,
     config: TrainConfig = TrainConfig(),
+    groups: Sequence[ParamGroup] = (),
 ) -> dict:
     """Trains by plan, evaluates on validation after each stage and on test at the end.
 
@@ -125,12 +135,13 @@ def fit(
 
     Args:
         model: has `init`/`apply` of (inputs, op) and `everything`, as MultiGranularityModel.
-        objective: (outputs, batch) → (loss, named scalars).
+        objective: as `mgjax.objective.Objective`: the losses of all heads, what weighs them, and what it keeps.
         metrics: `update(outputs, batch)` → sums inside jit, `compute(sums, full)` → figures, and
             three ways to show them, as ClassificationMetrics has.
         augment: (batch, rng, strength) → normalised batch; `.normalise(batch)` for evaluation.
         meta, free: see `Checkpoints`.
         points: name → further operating point at which the trained model is tested.
+        groups: how parameters are optimised that are not optimised as `config.optim` says.
 
     Returns:
         params, train_flops, steps, seconds (training and validation, compilation included),
@@ -149,15 +160,28 @@ def fit(
         mesh = make_mesh(config.mesh)
         check_plan(plan, mesh.size, optim.accumulate)
         check_batch_size(feeds.eval_batch_size, mesh.size, "evaluation")
-        check_metric(config.stop, metrics.names)
+        check_metric(config.stop.metric, metrics.names, "--config.stop.metric")
+        learned = []
+        for stage in plan:
+            check_metric(stage.metric, metrics.names, f"the metric of stage '{stage.name}'")
+            patience = config.stop.patience if stage.patience is None else stage.patience
+            check_patience(patience, config.log.validate_every, stage.name)
+            tasks = objective.learned(stage.op.tasks, stage.weights, f"stage '{stage.name}'")
+            learned.append(dataclasses.replace(stage.op, tasks=tasks))
         # What is not augmented may be of another size than what is.
         examples = {s.augment: s for s in reversed(plan)}
         examples = {strength: next(feeds.train(stage, 0, 1)) for strength, stage in examples.items()}
         inputs = jax.eval_shape(lambda b: augment.normalise(b).inputs, examples[plan[0].augment])
-        optimizer = make_optimizer(optim)
-        trains = [trained_paths(stage, needed_paths(model, stage.op, inputs)) for stage in plan]
+        # What no loss counts of has no gradient: it stays as it is, and does not decay.
+        trains = [trained_paths(stage, needed_paths(model, op, inputs)) for stage, op in zip(plan, learned)]
+        params = jax.eval_shape(init_fn(model, model.everything, inputs), jax.random.key(0))["params"]
+        params = flatten_dict(params, sep="/")
+        for source, target in (pair for stage in plan for pair in stage.grows):
+            check_growth(params, source, target)
+        optimizer = make_optimizer(optim, groups, params)
+        rates = [optimizer.rates(*schedule_of(stage, optim)) for stage in plan]
 
-        state = create_state(model, optimizer, inputs, seed, mesh, config.mesh.shard_above)
+        state = create_state(model, optimizer, inputs, seed, mesh, config.mesh.shard_above, objective.init)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         train_step = make_train_step(
             model, objective, augment, optimizer, seed,
@@ -171,22 +195,30 @@ def fit(
         state, position = checkpoints.restore(state) or (state, {})
         position = Position.of(position)
         best.discard_after(position.best.number)  # what came after the checkpoint comes again
-        rate = scalar_to_device(0.0, mesh)
+        rate = scalar_to_device(rates[0][0], mesh)
+        static = [
+            dict(op=s.op, trains=t, strength=s.augment, pieces=s.pieces, weights=tuple(s.weights)) for s, t in zip(plan, trains)
+        ]
         traced = [
-            train_step.trace(
-                state, _abstract(examples[s.augment], s.batch_size, mesh), rate, op=s.op, trains=t, strength=s.augment
-            )
-            for s, t in zip(plan, trains)
+            train_step.trace(state, _abstract(examples[s.augment], s.batch_size, mesh), rate, **asked)
+            for s, asked in zip(plan, static)
         ]
         # Stages that differ in nothing that is compiled share one executable.
-        sameness = [(s.op, s.batch_size, t, s.augment) for s, t in zip(plan, trains)]
+        sameness = [(s.batch_size, *asked.values()) for s, asked in zip(plan, static)]
         compiled = Executables(lambda same: traced[sameness.index(same)].lower().compile())
+        contributions = make_contributions(model, objective, augment, optimizer, seed, mesh=mesh, accumulate=optim.accumulate)
 
         monitor = Monitor(workdir, position.step, quiet=not is_main(), wandb=config.log.wandb, meta=meta)
         run = _Run(
             state, position, mesh, plan, feeds, checkpoints, best, monitor, config, workdir,
             profiler=Profiler(config.profile, workdir / "profile"),
             step_fn=lambda i: compiled[sameness[i]],
+            contributions=lambda i, state, batch: contributions(state, batch, **static[i]),
+            end_epoch=jax.jit(
+                lambda state: state.replace(memory=objective.end_epoch(state.memory)), out_shardings=shardings, donate_argnums=0
+            ),
+            grow=lambda pairs: jax.jit(lambda state: grow(state, pairs), out_shardings=shardings),
+            rates=rates,
             eval_step=eval_step,
             metrics=metrics,
             flops=[count_jaxpr(t.jaxpr.jaxpr) for t in traced],
@@ -253,6 +285,10 @@ class _Run:
     workdir: pathlib.Path
     profiler: Profiler
     step_fn: Callable
+    contributions: Callable
+    end_epoch: Callable
+    grow: Callable
+    rates: list[np.ndarray]
     eval_step: Callable
     metrics: Any
     flops: list[Flops]
@@ -322,7 +358,8 @@ class _Run:
         self.write_validation(val)
         self.monitor.say(f"stage {stage.name}: validation {self.metrics.headline(val)}  in {clock(seconds)}")
         position.stages.append(report)
-        position.stage, position.step_in_stage, position.stage_seconds, position.ended = position.stage + 1, 0, 0.0, False
+        position.stage, position.step_in_stage, position.stage_seconds = position.stage + 1, 0, 0.0
+        position.ended = position.grown = False
         self.judge(val)
         position.best.end_stage()
         self.save()
@@ -330,10 +367,8 @@ class _Run:
     def one_stage(self, stage: Stage) -> None:
         """Trains to the end of a stage, from wherever it is. Raises _RolledBack."""
         position, config = self.position, self.config
-        optim, validate_every = config.optim, config.log.validate_every
-        warmup = optim.warmup if stage.warmup is None else stage.warmup
-        schedule = make_schedule(optim.learning_rate * stage.learning_rate, stage.steps, warmup, stage.end)
-        rates = np.asarray(jax.vmap(schedule)(np.arange(stage.steps)), np.float32)
+        validate_every, rates = config.log.validate_every, self.rates[position.stage]
+        self.start_grown(stage)
         self.monitor.start(stage.name, stage.steps, position.step_in_stage)
         batches, coming, train_step = None, None, None
         # What is due follows from the position alone, so that a run continues in the midst of it.
@@ -352,7 +387,13 @@ class _Run:
                 self.pace.start(done)  # without compilation, and the start of what reads
             if coming is None:
                 raise RuntimeError(f"stage '{stage.name}': the data ended after {done} of {stage.steps} steps")
+            self.tell_epoch()
             (batch, placed), rate = coming, scalar_to_device(rates[done], self.mesh)
+            if config.log.contributions and position.step % config.log.contributions == 0:
+                self.read_scalars(stage)  # records are in order
+                said = fetch(self.contributions(position.stage, self.state, placed))
+                self.monitor.write(position.step + 1, {k: float(v) for k, v in said.items()} | {"stage": stage.name})
+                self.pace.restart()
             # Whatever would wait for the device, except for the one fetch, is an error where transfers can be told.
             with jax.transfer_guard_device_to_host("disallow"):
                 with self.profiler.step(position.step + 1), jax.transfer_guard("disallow"):
@@ -366,7 +407,7 @@ class _Run:
             position.stage_seconds = time.monotonic() - self.stage_began
             self.pace.stepped(self.flops[position.stage].matmul)
             self.unread = _Unread(
-                position.step, position.step_in_stage, position.examples_seen, float(rates[done]), batch, scalars
+                position.step, position.step_in_stage, position.examples_seen, float(rates[done][0]), batch, scalars
             )
             if self.due(stage):
                 self.read_scalars(stage)  # nothing unread is left behind
@@ -375,6 +416,24 @@ class _Run:
             if self.profiler.after(scalars):
                 self.monitor.say(f"profile of {config.profile.steps} steps: {self.workdir / 'profile'}")
         self.monitor.stop()
+
+    def start_grown(self, stage: Stage) -> None:
+        """Lets a stage begin with what other parts have learned; once, however often it is started."""
+        if stage.grows and not self.position.grown:
+            params = flatten_dict(self.state.params, sep="/")
+            for source, target in stage.grows:
+                taken = check_growth(params, source, target)
+                self.monitor.say(f"stage {stage.name}: {taken:,} parameters of {target} start from those of {source}")
+            self.state = self.grow(stage.grows)(self.state)
+        self.position.grown = True
+
+    def tell_epoch(self) -> None:
+        """Tells the objective of each whole pass over the data, once."""
+        epoch = self.position.examples_seen // self.feeds.examples if self.feeds.examples else 0
+        while self.position.epoch < epoch:
+            if jax.tree.leaves(self.state.memory):
+                self.state = self.end_epoch(self.state)
+            self.position.epoch += 1
 
     def due(self, stage: Stage) -> bool:
         """Whether something else than a step comes next: a validation, a checkpoint, the end of the stage."""
@@ -394,26 +453,28 @@ class _Run:
         figures = self.evaluate(self.feeds.validation(), stage.op)
         self.write_validation(figures)
         self.position.validated = self.position.step
-        patience = self.config.stop.patience
-        judged, best = self.judge(figures), self.position.best
-        if judged and patience and best.since >= patience:
+        patience = self.config.stop.patience if stage.patience is None else stage.patience
+        best, known = self.position.best, self.metrics.scalars(figures)
+        if stage.metric and stage.metric not in known:
+            raise DeclarationError(f"stage '{stage.name}' does not answer its metric '{stage.metric}'; it has {sorted(known)}")
+        named = [m for m in (stage.metric, self.config.stop.metric) if m in known]
+        metric = named[0] if named else self.metrics.own(figures)
+        if best.see_stage(metric, known[metric]) >= patience > 0:
             self.position.ended = True
             self.monitor.say(
-                f"stage {stage.name} ends early: no better {best.metric} than {best.in_stage:.4f} in {patience} validations"
+                f"stage {stage.name} ends early: no better {metric} than {best.in_stage:.4f} in {patience} validations"
             )
+        self.judge(figures)
         if best.number == self.position.number:
             self.save()  # the newest checkpoint names a best one that is there
         self.pace.restart()
 
-    def judge(self, figures: Mapping) -> bool:
-        """Compares a validation with the best one, which is saved; whether it could be compared."""
+    def judge(self, figures: Mapping) -> None:
+        """Compares a validation with the best one, which is saved, if the stage answers that task."""
         metric, known = self.config.stop.metric or self.metrics.main, self.metrics.scalars(figures)
-        if metric not in known:  # this stage does not answer that task
-            return False
-        if self.position.best.see(metric, known[metric], self.position.number):
+        if metric in known and self.position.best.see(metric, known[metric], self.position.number):
             self.checkpoints.settle()  # the one that names the best before this one
             self.best.save(self.position.number, self.state, self.record())
-        return True
 
     def read_scalars(self, stage: Stage) -> None:
         """Reads what the last step said of itself, and does what a loss that is not finite asks for."""

@@ -106,9 +106,9 @@ def to_device(batch: Any, mesh: Mesh) -> Any:
     return _put(batch, batch_sharding(mesh))
 
 
-def scalar_to_device(value: float, mesh: Mesh) -> jax.Array:
-    """A float32 scalar on every device, the same in every process."""
-    return _put(np.float32(value), replicated(mesh))
+def scalar_to_device(value: float | np.ndarray, mesh: Mesh) -> jax.Array:
+    """A float32 scalar, or a few of them, on every device, the same in every process."""
+    return _put(np.asarray(value, np.float32), replicated(mesh))
 
 
 def _put(tree: Any, sharding: NamedSharding) -> Any:

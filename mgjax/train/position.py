@@ -17,6 +17,8 @@ class Position:
         stage, step_in_stage: index of the stage, and steps done in it.
         examples_seen: position in the data.
         ended: the stage has ended before its last step.
+        epoch: whole passes over the data of which the objective has been told.
+        grown: the stage has begun, and what grows in it has grown.
         validated: step of the last validation inside a stage.
         best: of the validations.
         skipped, skipped_in_row, rollbacks: batches whose loss was not finite, and what was done.
@@ -29,6 +31,8 @@ class Position:
     step_in_stage: int = 0
     examples_seen: int = 0
     ended: bool = False
+    epoch: int = 0
+    grown: bool = False
     validated: int = 0
     best: Best = dataclasses.field(default_factory=Best)
     skipped: int = 0
