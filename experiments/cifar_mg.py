@@ -5,7 +5,7 @@
     python -m experiments.cifar_mg --config.data.dir=DIR --config.preset=balanced-pcgrad
     python -m experiments.ablation cifar_mg --presets=flat,joint,staged --seeds=0,1,2 --set data.dir=DIR
 
-Presets (`--config.preset`); all have the same trunk and, by default, the same training FLOPs:
+Presets (`--config.preset`); all have the same trunk and, by default, about as many training FLOPs:
 
 * `flat`: one classifier of the 100 classes; its superclasses are the ancestors of what it says. A baseline.
 * `superclass`: one classifier of the 20 superclasses. A baseline.
@@ -32,7 +32,6 @@ from experiments.vision import Form, ModelConfig, VisionConfig, branch_of, deepe
 from mgjax import config as cfg
 from mgjax.balancing import BALANCERS
 from mgjax.config import key
-from mgjax.data import load_dataset
 from mgjax.granularity import Granularity, Head
 
 METHODS = [name for name in BALANCERS if name != "equal"]
@@ -115,10 +114,7 @@ def resolve(backend: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list]:
     """From the dataset to the figures of the summary."""
-    data = load_dataset(config.data)
-    model = vision.build_model(config.model, config.preset, data.taxonomy, vision.seen_shape(config, data), FORMS)
-    plan = vision.build_plan(config.plan, model, len(data.train), alike=2)
-    return common.train_model(config, data, model, plan, vision.points_of(model), workdir, meta)
+    return vision.train(config, workdir, meta, FORMS, alike=2)
 
 
 if __name__ == "__main__":

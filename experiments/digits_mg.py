@@ -27,7 +27,6 @@ from experiments.vision import Form, ModelConfig, VisionConfig
 from mgjax.branches import ConvNet
 from mgjax.branches.base import scale_width
 from mgjax.config import ConfigError, key
-from mgjax.data import load_dataset
 from mgjax.granularity import FUSED, Granularity, Head
 from mgjax.layers import activation
 
@@ -111,10 +110,7 @@ def resolve(backend: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list]:
     """From the dataset to the figures of the summary."""
-    data = load_dataset(config.data)
-    model = vision.build_model(config.model, config.preset, data.taxonomy, vision.seen_shape(config, data), FORMS)
-    plan = vision.build_plan(config.plan, model, len(data.train), alike=2)
-    return common.train_model(config, data, model, plan, vision.points_of(model), workdir, meta)
+    return vision.train(config, workdir, meta, FORMS, alike=2)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,10 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from experiments import common
-from experiments.vision import FORMS, VisionConfig, build_model, build_plan, points_of, seen_shape
+from experiments import common, vision
+from experiments.vision import FORMS, VisionConfig
 from mgjax import config as cfg
 from mgjax.config import key
-from mgjax.data import load_dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +144,7 @@ def resolve(backend: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list]:
     """From the dataset to the figures of the summary."""
-    data = load_dataset(config.data)
-    model = build_model(config.model, config.preset, data.taxonomy, seen_shape(config, data))
-    plan = build_plan(config.plan, model, len(data.train), alike=len(data.taxonomy.levels))
-    return common.train_model(config, data, model, plan, points_of(model), workdir, meta)
+    return vision.train(config, workdir, meta)
 
 
 if __name__ == "__main__":

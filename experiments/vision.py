@@ -10,7 +10,7 @@
 * `linear`: a linear classifier of the pixels per level; a yardstick.
 
 A baseline can be made as large as another form: `model.match`. An experiment adds forms of its own
-to the table and takes the rest from here: `VisionConfig`, `build_model`, `build_plan`, `points_of`.
+to the table and takes the rest from here: `VisionConfig`, and `train`, which goes from the dataset to the figures.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,11 +27,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from experiments import common
 from mgjax.branches import MLP, NAMED_BRANCHES, Branch, ConvNet, ResNet, SeparableNet, ViT
 from mgjax.branches.base import scale_width
 from mgjax.branches.resnet import DOWNSAMPLES, STEMS
 from mgjax.config import ConfigError, key
-from mgjax.data import AugmentConfig, DataConfig, Dataset
+from mgjax.data import AugmentConfig, DataConfig, Dataset, load_dataset
 from mgjax.fusion import FUSIONS, Fusion
 from mgjax.granularity import (
     BALANCES,
@@ -327,6 +329,21 @@ def seen_shape(config: VisionConfig, data: Dataset) -> tuple[int, int, int]:
     """(height, width, channels) of what the augmentation hands to the model."""
     side = config.augment.size
     return (side, side, data.image_shape[2]) if side else data.image_shape
+
+
+def train(
+    config: VisionConfig, workdir: pathlib.Path, meta: dict, forms: Mapping = FORMS, alike: int | None = None
+) -> tuple[dict, list]:
+    """From the dataset to the figures of the summary, and examples for the report.
+
+    Args:
+        forms: the experiment's, of which `config.preset` is one.
+        alike: as in `build_plan`; by default as many as there are levels.
+    """
+    data = load_dataset(config.data)
+    model = build_model(config.model, config.preset, data.taxonomy, seen_shape(config, data), forms)
+    plan = build_plan(config.plan, model, len(data.train), alike or len(data.taxonomy.levels))
+    return common.train_model(config, data, model, plan, points_of(model), workdir, meta)
 
 
 def _count(model: MultiGranularityModel, inputs: Mapping) -> int:

@@ -221,8 +221,7 @@ class Objective:
             each.append((loss, weight * jnp.stack(of_sides)))
             for source in self._learning(head):
                 if source in self._remembered:
-                    of_example = jnp.sum(loss * weight, 0) / jnp.maximum(weight.sum(0), 1e-6)
-                    of_granularity.setdefault(source, []).append((of_example, own))
+                    of_granularity.setdefault(source, []).append((loss[0], own))
         # The means of all heads at once: on several devices they are one reduction.
         loss, weight = (jnp.stack(parts) for parts in zip(*each))
         means, some = weighted_mean(loss, weight, (1, 2)), weight.sum((1, 2)) > 0

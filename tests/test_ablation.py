@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import ablation
+from experiments import ablation, paired
 from mgjax.config import key
 from mgjax.errors import InputError
 
@@ -137,7 +137,7 @@ def room(tmp_path, monkeypatch):
 
 def test_a_paired_test_is_scipys_and_the_closed_form():
     ours, base = {0: 0.52, 1: 0.53, 2: 0.56, 9: 0.1}, {2: 0.52, 1: 0.52, 0: 0.50, 5: 0.9}
-    found = ablation.paired(ours, base)
+    found = paired.paired(ours, base)
     d = np.array([0.02, 0.01, 0.04])
     assert (found.n, found.why) == (3, "")
     np.testing.assert_allclose([found.mean, found.std], [d.mean(), d.std(ddof=1)])
@@ -146,7 +146,7 @@ def test_a_paired_test_is_scipys_and_the_closed_form():
     np.testing.assert_allclose([found.t, found.p], [t, 1 - t / math.sqrt(2 + t**2)])
     test = stats.ttest_rel([0.52, 0.53, 0.56], [0.50, 0.52, 0.52])
     assert (found.t, found.p) == (test.statistic, test.pvalue)
-    assert ablation.paired(base, ours).mean == -found.mean and ablation.paired(base, ours).p == found.p
+    assert paired.paired(base, ours).mean == -found.mean and paired.paired(base, ours).p == found.p
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_paired_test_is_scipys_and_the_closed_form():
     ],
 )
 def test_what_cannot_be_tested_says_why(ours, base, n, mean, std, why):
-    found = ablation.paired(ours, base)
+    found = paired.paired(ours, base)
     assert (found.n, found.p, found.t, found.why) == (n, None, None, why)
     assert found.mean is None if mean is None else found.mean == pytest.approx(mean)
     assert found.std is None if std is None else found.std == pytest.approx(0, abs=1e-12)
@@ -167,10 +167,10 @@ def test_what_cannot_be_tested_says_why(ours, base, n, mean, std, why):
 
 def test_holm_is_monotone_capped_and_never_below_the_raw():
     # By hand: 4 · 0.005; 3 · 0.01; 2 · 0.03; 1 · 0.04, raised to what stands before it.
-    np.testing.assert_allclose(ablation.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
-    assert ablation.holm([0.6, 0.7]) == [1.0, 1.0] and ablation.holm([0.2]) == [0.2] and ablation.holm([]) == []
+    np.testing.assert_allclose(paired.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    assert paired.holm([0.6, 0.7]) == [1.0, 1.0] and paired.holm([0.2]) == [0.2] and paired.holm([]) == []
     p = np.random.default_rng(0).uniform(size=20).tolist()
-    adjusted = ablation.holm(p)
+    adjusted = paired.holm(p)
     assert all(a >= b for a, b in zip(adjusted, p)) and [adjusted[i] for i in np.argsort(p)] == sorted(adjusted)
 
 

@@ -181,7 +181,7 @@ def test_what_is_not_plain_is_left_to_opencv(decoder):
     turned = jpeg(image, exif=exif, quality=95)
     upright = jpeg(image, exif=Image.Exif(), quality=95)
     for data, plain in ((cmyk.getvalue(), False), (turned, False), (upright, True), (jpeg(image[..., 0]), False)):
-        assert images._header(data).plain == plain
+        assert images.read_header(data).plain == plain
         expected = decode_rgb(data)
         assert expected.shape == ((160, 120, 3) if data is turned else (120, 160, 3))
         y0, x0, y1, x1 = ALL.place(*expected.shape[:2])
@@ -208,7 +208,7 @@ def test_truncated_files_are_refused(decoder, share):
 @pytest.mark.skipif(images.simplejpeg is None, reason="simplejpeg is not installed")
 def test_broken_bytes_are_what_opencv_makes_of_them(monkeypatch):
     data = jpeg(photo(96, 96))
-    scan = images._header(data).scan
+    scan = images.read_header(data).scan
     broken = [data[:at] + b"\x55\xaa\x13" + data[at + 3 :] for at in (20, 180, scan + 30, (scan + len(data)) // 2)]
 
     def made(data):

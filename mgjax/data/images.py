@@ -44,7 +44,7 @@ def decode_rgb(data: bytes, size: int | None = None) -> np.ndarray:
         DecodeError: the bytes are no image that can be decoded, a JPEG, PNG or WebP ends before its
             end marker, or the image has more than `MAX_PIXELS` pixels.
     """
-    header = _header(data)
+    header = read_header(data)
     factor = 1
     if size and header.jpeg:
         factor = next(f for f in FACTORS if f == 1 or min(header.shape) >= 2 * f * size)
@@ -66,7 +66,7 @@ def decode_crop(data: bytes, window: Window, size: int, out: np.ndarray | None =
     Raises:
         DecodeError: as `decode_rgb`.
     """
-    header = _header(data)
+    header = read_header(data)
     factor = crop_factor(header.shape, window, size) if header.jpeg and scaled else 1
     last = window.place(*whole_pixels(header.shape, factor))[2] if header.plain else None
     image = _decode(data, header, factor, last)
@@ -209,7 +209,7 @@ def _segments(data: bytes):
         position += 2 + int.from_bytes(data[position + 2 : position + 4])
 
 
-def _header(data: bytes) -> _Header:
+def read_header(data: bytes) -> _Header:
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
         return _Header((int.from_bytes(data[20:24]), int.from_bytes(data[16:20])))
     if data[:2] != b"\xff\xd8":

@@ -16,7 +16,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from mgjax.data.crops import Window, Windows
-from mgjax.data.images import DecodeError, _header, decode_crop, decode_rgb, fit
+from mgjax.data.images import DecodeError, decode_crop, decode_rgb, fit, read_header
 from mgjax.errors import InputError
 from mgjax.taxonomy import UNKNOWN
 
@@ -212,10 +212,10 @@ class EncodedSource:
 
     def _side(self, index: int) -> int:
         try:
-            shape = _header(self.head(index)).shape
+            shape = read_header(self.head(index)).shape
             if shape is None:
                 data = self.read(index)[0]
-                shape = _header(data).shape or decode_rgb(data).shape[:2]
+                shape = read_header(data).shape or decode_rgb(data).shape[:2]
         except DecodeError as error:
             self._refuse(index, error)
             return -1
