@@ -180,8 +180,10 @@ def variants_of(
     own = _json(file) if file else {}
     if not isinstance(own, dict) or not all(isinstance(v, dict) for v in own.values()):
         raise InputError(f'\'{file}\' is no table of variants: {{"NAME": {{"preset": "PRESET", "KEY": VALUE}}}}')
-    if taken := [v for v in own if v in known or not v.strip() or "," in v]:
-        raise InputError(f"'{file}': a variant cannot have the name '{taken[0]}': no preset's name, no comma, not empty")
+    if taken := [v for v in own if (v in known and own[v] != {"preset": v}) or not v.strip() or "," in v]:
+        raise InputError(
+            f"'{file}': a variant cannot have the name '{taken[0]}': no preset's with other settings, no comma, not empty"
+        )
     if misplaced := {"preset", "seed"} & set(common):
         raise InputError(f"--set {min(misplaced)}: --presets and --seeds say it")
     names = list(presets) or list(own)

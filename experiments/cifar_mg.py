@@ -12,7 +12,8 @@ Presets (`--config.preset`); all have the same trunk and, by default, about as m
 * `joint`: both classifiers read the trunk's last features.
 * `stopgrad`: the superclasses are read off a shallower tap, and off the last features without a gradient into them (Chang et
   al. 2021, arXiv:2011.09040).
-* `staged`: as `stopgrad`, but first superclasses alone, then classes alone, at half the resolution, then both in full.
+* `staged`: as `stopgrad`, but first at half of the resolution, then at three quarters, then in full. One granularity after the
+  other is `--config.plan.kind=coarse_to_fine`.
 * `balanced-METHOD`: as `joint`, with the two losses balanced by a method of `mgjax.balancing`.
 
 A prepared CIFAR-100 (`python -m mgjax.data.prepare cifar100 --data_dir=DIR`) is read; any other dataset of two levels or
@@ -66,12 +67,14 @@ SIZES = {
         "model.branch": "resnet",
         "model.stem": "patch",
         "model.downsample": "pool",
-        "model.widths": (24, 48, 96),
+        "model.widths": (16, 32, 64),
         "model.blocks": (1, 1, 1),
         "plan.batch_size": 128,
         "plan.eval_batch_size": 500,
-        "plan.joint": 6.0,
-        "optim.learning_rate": 0.2,
+        "plan.joint": 8.3,
+        "optim.learning_rate": 0.4,
+        "optim.schedule": "linear",
+        "augment.padding": 0,  # so few epochs are not overfitted
     },
     "gpu": {
         "model.branch": "resnet18",
@@ -85,13 +88,13 @@ SIZES = {
 }
 # Epochs of the stages, by size: as many FLOPs as the others have in their one stage.
 STAGED = {
-    "cpu": {"plan.alone": (1.0, 8.0), "plan.joint": 4.0},
-    "gpu": {"plan.alone": (5.0, 60.0), "plan.joint": 40.0},
+    "cpu": {"plan.alone": (2.0, 5.0), "plan.joint": 4.8},
+    "gpu": {"plan.alone": (10.0, 30.0), "plan.joint": 40.0},
 }
 
 
 # What presets set besides.
-CHOSEN = {"plan.kind": "", "plan.resolution": (), "objective.balance": "", "data.source": ""}
+CHOSEN = dict.fromkeys(("plan.kind", "plan.resolution", "plan.anneal", "objective.balance", "data.source", "data.validation"))
 
 
 def resolve(backend: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -100,9 +103,9 @@ def resolve(backend: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
         cfg.leaves(Config)[name].check(name, given[name])
     preset, size = given.get("preset", "staged"), given.get("size", "auto")
     size = size if size != "auto" else "cpu" if backend == "cpu" else "gpu"
-    values = {"data.source": "tfds:cifar100", "preset": preset, "size": size} | SIZES[size]
+    values = {"data.source": "tfds:cifar100", "data.validation": 0.1, "preset": preset, "size": size} | SIZES[size]
     if preset == "staged":
-        values |= {"plan.kind": "coarse_to_fine", "plan.resolution": (0.5,)} | STAGED[size]
+        values |= {"plan.kind": "progressive_resolution", "plan.resolution": (0.5, 0.75), "plan.anneal": True} | STAGED[size]
     else:
         values |= {"plan.kind": "joint"}
     if preset.startswith("balanced-"):

@@ -88,11 +88,15 @@ def read(path: pathlib.Path) -> Run:
 
 
 def figures(summary: Mapping) -> dict[str, float]:
-    """The figures of a summary that can be compared, flat: costs, and `LEVEL/accuracy`, `LEVEL/raw_accuracy` and so on."""
+    """The figures of a summary that can be compared, flat: costs, `LEVEL/accuracy`, `LEVEL/raw_accuracy` and so on of the test,
+    and `LEVEL/validation`, the accuracy on validation at the end."""
     test = summary["test"]
     found = {k: summary.get(k) for k in ("params", "train_flops", "seconds")}
     for level, v in test["levels"].items():
         found |= {f"{level}/{k}": v.get(k) for k in ("accuracy", "raw_accuracy")}
+    stages = summary.get("stages") or [{}]
+    validation = (stages[-1].get("val") or {}).get("levels", {})
+    found |= {f"{level}/validation": v.get("accuracy") for level, v in validation.items()}
     found |= {k: test.get(k) for k in ("full_path_accuracy", "mistake_severity", "tree_distance")}
     return {k: v for k, v in found.items() if isinstance(v, (int, float))}
 
@@ -147,6 +151,7 @@ def columns(groups: Sequence[Mapping], levels: Sequence[str]) -> list[Column]:
         wanted += [
             Column(f"{level}/accuracy", level, share, higher=True),
             Column(f"{level}/raw_accuracy", "raw", share, higher=True, beneath=True),
+            Column(f"{level}/validation", "validation", share, higher=True, beneath=True),
         ]
     wanted += [
         Column("full_path_accuracy", "full path", share, higher=True),

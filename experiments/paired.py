@@ -105,16 +105,18 @@ def groups_of(runs: Mapping[str, Sequence[compare.Run]], baseline: str) -> tuple
     others = [g for g in groups if base and g is not base]
     by_seed = lambda g, key: {r.seed: r.figures[key] for r in g["runs"] if key in r.figures}
     for key in [c.key for c in columns(groups, levels) if _tested(c)]:
-        found = [paired(by_seed(g, key), by_seed(base, key)) for g in others]
+        answer = [g for g in others if key in g["mean"] and key in base["mean"]]  # a model of superclasses names no class
+        found = [paired(by_seed(g, key), by_seed(base, key)) for g in answer]
         adjusted = iter(holm([d.p for d in found if d.p is not None]))
-        for g, d in zip(others, found):
+        for g, d in zip(answer, found):
             g["differences"][key] = dataclasses.asdict(d) | {"p_holm": None if d.p is None else next(adjusted)}
     return groups, levels
 
 
 def columns(groups: Sequence[Mapping], levels: Sequence[str]) -> list[compare.Column]:
-    """The figures of the table: costs, accuracy per level, the full path, how far mistakes are."""
+    """The figures of the table: costs, accuracy per level, of the finest on validation too, full path, how far mistakes are."""
     wanted = {"train_flops", "seconds", "full_path_accuracy", "mistake_severity", *(f"{l}/accuracy" for l in levels)}
+    wanted |= {f"{levels[-1]}/validation"} if levels else set()
     return [c for c in compare.columns(groups, levels) if c.key in wanted]
 
 

@@ -35,9 +35,9 @@ from mgjax.config import ConfigError, key
 from mgjax.data import AugmentConfig, DataConfig, Dataset, load_dataset
 from mgjax.fusion import FUSIONS, Fusion
 from mgjax.granularity import (
-    BALANCES,
     DENOISERS,
     FUSED,
+    WEIGHTINGS,
     Compose,
     Denoise,
     Granularity,
@@ -54,7 +54,7 @@ from mgjax.objective import ObjectiveConfig
 from mgjax.projection import GranularityProjection
 from mgjax.taxonomy import Taxonomy
 from mgjax.train import Stage, TrainConfig
-from mgjax.train.stages import coarse_to_fine, growth, joint_only, progressive_jigsaw
+from mgjax.train.stages import anneal, coarse_to_fine, growth, joint_only, progressive_jigsaw
 from mgjax.views import scaled
 
 BRANCHES = (*NAMED_BRANCHES, "resnet", "conv", "separable", "mlp")
@@ -96,7 +96,7 @@ class ModelConfig:
     granularity_dropout: float = key(
         0.0, "probability that what reads several granularities lacks one, example by example", low=0, high=0.99
     )
-    balance: str = key("none", "how much examples count in what each granularity learns", choices=BALANCES)
+    weighted_by: str = key("none", "how much examples count in what each granularity learns", choices=WEIGHTINGS)
     remat: bool = key(False, "keep only what blocks pass on, and compute the rest again: less memory, a third more FLOPs")
 
 
@@ -113,6 +113,7 @@ class PlanConfig:
     strength: tuple[float, ...] = key(
         (1.0,), "of the augmentation in those stages; the last is repeated, and the last stage has 1", low=0, high=1
     )
+    anneal: bool = key(False, "the learning rate falls through all stages; else it stays up in those before the last")
     joint: float = key(6.0, "epochs of the last stage, in which all granularities train together", low=0)
     max_steps: int = key(0, "end each stage after so many steps, for a quick look (0: no limit)", low=0)
 
@@ -229,7 +230,7 @@ def build_model(
         made = forms[form](dataclasses.replace(config, width=width), taxonomy.levels, image_shape)
         answered = {h.task for h in made.heads}
         tasks = [Task(l, l, taxonomy.size(l), l) for l in taxonomy.levels if l in answered]
-        granularities = [dataclasses.replace(g, balance=config.balance) for g in made.granularities]
+        granularities = [dataclasses.replace(g, weighted_by=config.weighted_by) for g in made.granularities]
         return MultiGranularityModel(
             granularities, tasks, made.heads, made.branches, made.fusion, config.dropout, made.projections,
             config.granularity_dropout,
@@ -293,7 +294,8 @@ def build_plan(config: PlanConfig, model: MultiGranularityModel, examples: int, 
     )
     strength = {name: _at(config.strength, i) for i, (name, _) in enumerate(alone)}
     plan = _kind_of_plan(config, model, alone, lengths)
-    return tuple(dataclasses.replace(stage, augment=strength.get(stage.name, stage.augment)) for stage in plan)
+    plan = tuple(dataclasses.replace(stage, augment=strength.get(stage.name, stage.augment)) for stage in plan)
+    return anneal(plan) if config.anneal else plan
 
 
 def _kind_of_plan(config: PlanConfig, model: MultiGranularityModel, alone: Sequence, lengths: Mapping) -> tuple[Stage, ...]:

@@ -204,7 +204,7 @@ class Resolution:
 
 
 Members = Everyone | Subtree | Column | Cluster | Resolution
-BALANCES = ("none", "class", "loss")
+WEIGHTINGS = ("none", "class", "loss")
 
 
 # ---------------------------------------------------------------------- declarations
@@ -222,7 +222,7 @@ class Granularity:
         tap: which of the branch's `feature_info` is read.
         view: how the input is seen.
         members: which training examples it learns from.
-        balance: how much each of them counts: "none" (all alike), "class" (classes alike, at the finest level) or "loss"
+        weighted_by: how much each of them counts: "none" (all alike), "class" (classes alike, at the finest level) or "loss"
             (by what it cost in the last epoch).
     """
 
@@ -231,13 +231,15 @@ class Granularity:
     tap: str
     view: View = Identity()
     members: Members = Everyone()
-    balance: Literal["none", "class", "loss"] = "none"
+    weighted_by: Literal["none", "class", "loss"] = "none"
 
     def __post_init__(self):
         if self.name == FUSED:
             raise DeclarationError(f"a granularity cannot be called '{FUSED}': that is the fusion's output")
-        if self.balance not in BALANCES:
-            raise DeclarationError(f"granularity '{self.name}' balances by '{self.balance}': one of {', '.join(BALANCES)}")
+        if self.weighted_by not in WEIGHTINGS:
+            raise DeclarationError(
+                f"granularity '{self.name}' weighs its examples by '{self.weighted_by}': one of {', '.join(WEIGHTINGS)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

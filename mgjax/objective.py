@@ -279,7 +279,7 @@ class Objective:
     @property
     def _remembered(self) -> list[str]:
         """Granularities that weigh examples by their loss."""
-        return [g.name for g in self.granularities if g.balance == "loss"]
+        return [g.name for g in self.granularities if g.weighted_by == "loss"]
 
     def _counts(self, head: Head, every: Array, weights: Mapping, index: Array, memory: Mapping) -> Array:
         """float32 [B]: how much each example counts in a head's loss; `every` is a row of ones."""

@@ -506,6 +506,9 @@ def test_variants_are_presets_with_settings_of_their_own(room, capsys):
     assert "slow start" in capsys.readouterr().out
     # Without --presets, all of the file.
     assert room.call(*given, presets="", seeds="0") == 0 and room.events()[2:] == ["all-seed0"]
+    # A file may name presets as they are.
+    table.write_text(json.dumps({"flat": {"preset": "flat"}, "slow start": {"preset": "joint", "rate": 0.01}}))
+    assert room.call(*given, presets="", seeds="0") == 0 and len(room.events()) == 3
     table.write_text(json.dumps({"slow start": {"preset": "joint", "rate": 0.02}}))
     assert room.call(*given, presets="flat,slow start", seeds="0") == 2
     assert "slow start: rate was 0.01, is 0.02" in capsys.readouterr().err
@@ -523,7 +526,7 @@ def test_variants_of_different_test_sets_are_refused_before_anything_runs(room, 
     [
         ("[1]", "flat", "is no table of variants"),
         ("{", "flat", "is not readable JSON"),
-        ('{"flat": {"preset": "flat"}}', "flat", "cannot have the name 'flat'"),
+        ('{"flat": {"preset": "flat", "rate": 1}}', "flat", "cannot have the name 'flat'"),
         ('{"a,b": {"preset": "flat"}}', "flat", "cannot have the name 'a,b'"),
         ('{"x": {"rate": 1}}', "x", "variant 'x' needs a \"preset\", one of flat, joint, staged"),
         ('{"x": {"preset": "flat", "seed": 1}}', "x", "and no seed"),

@@ -30,8 +30,8 @@ def toy(**arrays):
     return ArraySource({"image": image, "s": np.array(COARSE), "c": np.array(FINEST)} | arrays, "toy")
 
 
-def weigh(source, members=Everyone(), balance="none", tree=TREE):
-    return membership(Granularity("some", "trunk", "stage1", members=members, balance=balance), source, tree)
+def weigh(source, members=Everyone(), weighted_by="none", tree=TREE):
+    return membership(Granularity("some", "trunk", "stage1", members=members, weighted_by=weighted_by), source, tree)
 
 
 def chosen(source, members, tree=TREE):
@@ -45,7 +45,7 @@ def chosen(source, members, tree=TREE):
 
 
 def test_everyone_needs_no_table():
-    assert weigh(toy()) is None and weigh(toy(), balance="loss") is None
+    assert weigh(toy()) is None and weigh(toy(), weighted_by="loss") is None
 
 
 def test_a_subtree_lifts_finer_labels():
@@ -286,19 +286,19 @@ def _paths(source):
     return [source.paths[i] for i in at]
 
 
-# ---------------------------------------------------------------------- balance
+# ---------------------------------------------------------------------- weights of examples
 
 
 def test_classes_count_alike():
-    table = weigh(toy(), balance="class")  # 2 of a1, 1 of a2, 5 of b1, 2 unknown
+    table = weigh(toy(), weighted_by="class")  # 2 of a1, 1 of a2, 5 of b1, 2 unknown
     expected = {0: 8 / (3 * 2), 1: 8 / 3, 2: 8 / (3 * 5), -1: 1.0}
     np.testing.assert_allclose(table, [expected[label] for label in FINEST], rtol=1e-6)
     np.testing.assert_allclose(table.mean(), 1, rtol=1e-6)
     table = weigh(toy(), Subtree("s", ("a",)), "class")  # members 0, 1, 4, 5; a1 a2 ? a1
     np.testing.assert_allclose(table, [0.75, 1.5, 0, 0, 1, 0.75, 0, 0, 0, 0], rtol=1e-6)
-    some = weigh(Subset(toy(), np.array([2, 0, 3]), "some"), balance="class")
+    some = weigh(Subset(toy(), np.array([2, 0, 3]), "some"), weighted_by="class")
     np.testing.assert_allclose(some, [0.75, 1.5, 0.75], rtol=1e-6)
-    unknown = weigh(ArraySource({"c": np.full(3, -1), "s": np.full(3, 0)}), balance="class")
+    unknown = weigh(ArraySource({"c": np.full(3, -1), "s": np.full(3, 0)}), weighted_by="class")
     assert unknown.tolist() == [1, 1, 1]
 
 
@@ -331,7 +331,7 @@ def test_labels_that_are_not_there_or_outside():
     with pytest.raises(DataError, match="arrays has no labels of level 's' or a finer one"):
         weigh(ArraySource({"image": np.zeros((2, 4))}), Subtree("s", ("a",)))
     with pytest.raises(TaxonomyError, match="label 3 at position 1"):
-        weigh(ArraySource({"c": np.array([0, 3])}), balance="class")
+        weigh(ArraySource({"c": np.array([0, 3])}), weighted_by="class")
 
 
 # ---------------------------------------------------------------------- batches

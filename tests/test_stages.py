@@ -392,7 +392,7 @@ def test_weights_of_a_stage_switch_a_task_off(tmp_path):
 def balanced_run(workdir, **changes):
     """Balanced by gradients and by loss of examples, grown in the second stage; epochs end within stages."""
     m = branches()
-    m = m.clone(granularities=[dataclasses.replace(g, balance="loss") for g in m.granularities], granularity_dropout=0.2)
+    m = m.clone(granularities=[dataclasses.replace(g, weighted_by="loss") for g in m.granularities], granularity_dropout=0.2)
     objective = Objective(
         m.tasks, m.heads, taxonomy=toy.TREE, smoothing=0.1, follow=True, balance=balancer(changes.pop("method", "gradnorm")),
         distill=0.5, granularities=m.granularities, examples=100,
@@ -440,7 +440,7 @@ def test_weights_of_examples_change_at_the_end_of_an_epoch_alone(tmp_path):
     seen = {}
     for steps in (4, 6, 7, 8):
         m = toy.model()
-        m = m.clone(granularities=[dataclasses.replace(g, balance="loss") for g in m.granularities])
+        m = m.clone(granularities=[dataclasses.replace(g, weighted_by="loss") for g in m.granularities])
         objective = Objective(m.tasks, m.heads, granularities=m.granularities, examples=100)
         feeds = dataclasses.replace(toy.feeds(), examples=100)
         plan = (Stage("joint", m.everything, steps, 16, warmup=0.0, end=1.0),)  # alike, however long
@@ -493,7 +493,7 @@ def one_of_each(**changes):
     """A batch of four rows, and an objective of one head on granularity `g`."""
     labels = {"t": jnp.array([0, 1, 0, 1])}
     batch = Batch({}, labels, jnp.ones(4, bool), jnp.arange(4), weights={"g": jnp.array([1.0, 0.0, 1.0, 1.0])})
-    grain = Granularity("g", "b", "stage1", balance=changes.pop("balance", "none"))
+    grain = Granularity("g", "b", "stage1", weighted_by=changes.pop("weighted_by", "none"))
     return Objective([Task("t", "t", 2)], [Head("t", {"g": "grad"})], granularities=[grain], examples=4), batch.replace(
         **changes
     )
@@ -516,7 +516,7 @@ def test_what_is_mixed_in_counts_as_much_as_the_example_that_it_is():
 
 
 def test_losses_of_others_than_members_weigh_nothing():
-    objective, batch = one_of_each(balance="loss")
+    objective, batch = one_of_each(weighted_by="loss")
     logits = jnp.array([[0.0, 0.0], [9.0, 0.0], [1.0, 0.0], [0.0, 3.0]])  # row 1, no member, costs most
     memory = objective.losses(Outputs({"t": logits}), batch, objective.init()).memory
     loss = np.array(memory["examples"]["g"]["loss"])
@@ -541,7 +541,7 @@ def test_bad_objectives():
         Objective(m.tasks, m.heads, distill=1.0)
     with pytest.raises(DeclarationError, match="follow a taxonomy need one"):
         Objective(m.tasks, m.heads, beta=5.0)
-    by_loss = [dataclasses.replace(g, balance="loss") for g in m.granularities]
+    by_loss = [dataclasses.replace(g, weighted_by="loss") for g in m.granularities]
     with pytest.raises(DeclarationError, match=r"\['coarse', 'fine'\] weigh examples by their loss: say how many"):
         Objective(m.tasks, m.heads, granularities=by_loss)
     with pytest.raises(DeclarationError, match="lie below 0"):

@@ -1,5 +1,6 @@
 """The step, the stages and the loop."""
 
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from mgjax.train import CheckpointConfig, CheckpointError, Interrupted, LogConfi
 from mgjax.train import loop as loop_module
 from mgjax.train.mesh import make_mesh, to_device
 from mgjax.train.optim import make_optimizer, make_schedule
-from mgjax.train.stages import coarse_to_fine, trained_paths
+from mgjax.train.stages import anneal, coarse_to_fine, schedule_of, trained_paths
 from mgjax.train.state import create_state, needed_paths
 from mgjax.train.step import make_train_step
 from tests import toy
@@ -229,6 +230,22 @@ def test_schedules_rise_hold_and_fall():
     held = np.array([make_schedule(0.4, 20, 0.0, 1.0)(i) for i in range(20)])
     np.testing.assert_allclose(held, 0.4)
     assert np.isfinite([make_schedule(0.4, 1, 0.5, 0.0)(0)]).all()
+    straight = np.array([make_schedule(0.4, 20, 0.2, 0.1, shape="linear")(i) for i in range(20)])
+    np.testing.assert_allclose(np.diff(straight[4:]), -0.9 * 0.4 / 16, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
+def test_an_annealed_plan_has_the_learning_rate_of_one_stage(shape):
+    """Cut anywhere, whatever the stages said of their own; the warm-up is a share of the first."""
+    op = OperatingPoint(("g",), ("t",))
+    plan = anneal([Stage("a", op, 7, 8, end=1.0), Stage("b", op, 4, 8, warmup=0.5), Stage("c", op, 9, 8)])
+    optim = OptimConfig(learning_rate=0.4, warmup=0.0, schedule=shape)
+    optimizer = make_optimizer(optim)
+    rates = np.concatenate([optimizer.rates(*schedule_of(stage, optim)) for stage in plan])
+    whole = optimizer.rates(*schedule_of(Stage("all", op, 20, 8), optim))
+    np.testing.assert_allclose(rates, whole, rtol=1e-5)
+    rising = [schedule_of(s, dataclasses.replace(optim, warmup=0.5)) for s in plan]
+    assert optimizer.rates(*rising[0])[0] < whole[0] and optimizer.rates(*rising[1])[0] == pytest.approx(whole[7], rel=1e-5)
 
 
 # ---------------------------------------------------------------------- plans

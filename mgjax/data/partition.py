@@ -21,7 +21,7 @@ _ITERATIONS = 50
 def membership(granularity: Granularity, source: Source, taxonomy: Taxonomy) -> np.ndarray | None:
     """How much each example counts in what a granularity learns.
 
-    One that is no member counts 0, and members count 1. Of a granularity that balances by "class" each class counts as much
+    One that is no member counts 0, and members count 1. Of a granularity weighted by "class" each class counts as much
     as any other: with n_c of the n labelled members in class c of C at the finest level, an example counts n / (C · n_c);
     members whose label is unknown there count 1. Either way the mean over the members is 1.
 
@@ -29,7 +29,7 @@ def membership(granularity: Granularity, source: Source, taxonomy: Taxonomy) -> 
     those of k-means, whose first centres are drawn by k-means++ (Arthur & Vassilvitskii 2007).
 
     Args:
-        granularity: its `members` and `balance`; "loss" is as "none", since what it makes of examples changes in training.
+        granularity: its `members` and `weighted_by`; "loss" is as "none", since what it makes of examples changes in training.
         source: the training examples, as they are trained on.
         taxonomy: of their labels.
 
@@ -48,7 +48,7 @@ def membership(granularity: Granularity, source: Source, taxonomy: Taxonomy) -> 
         >>> membership(fish, source, tree).tolist()
         [1.0, 0.0, 1.0, 1.0]
     """
-    members, by_class = granularity.members, granularity.balance == "class"
+    members, by_class = granularity.members, granularity.weighted_by == "class"
     if isinstance(members, Everyone) and not by_class:
         return None
     try:

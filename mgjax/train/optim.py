@@ -22,6 +22,7 @@ class OptimConfig:
     name: str = key("sgd", "sgd has Nesterov momentum", choices=("sgd", "adamw"))
     learning_rate: float = key(0.2, "peak of the schedule; a stage may scale it", low=0)
     warmup: float = key(0.1, "share of a stage's steps in which the learning rate rises from 0", low=0, high=1)
+    schedule: str = key("cosine", "how the learning rate falls after the warm-up", choices=("cosine", "linear"))
     momentum: float = key(0.9, "of sgd; the first decay rate of adamw", low=0, high=1)
     weight_decay: float = key(5e-4, "of kernels, as `decay` says", low=0)
     decay: str = key(
@@ -231,13 +232,15 @@ class Optimizer:
             moved[path] = _proximal(params[path] - each[i] * u, each[i], self.groups[i]).astype(params[path].dtype)
         return dict(params) | moved
 
-    def rates(self, peak: float, steps: int, warmup: float, end: float) -> np.ndarray:
+    def rates(
+        self, peak: float, steps: int, warmup: float, end: float, span: tuple[float, float] = (0.0, 1.0), shape: str = "cosine"
+    ) -> np.ndarray:
         """Final learning rates of a stage, float32 [steps, groups]; the arguments are those of `make_schedule`.
 
         Raises:
             DeclarationError: a schedule gives something that is not a finite number of at least 0.
         """
-        stage = np.asarray(jax.vmap(make_schedule(peak, steps, warmup, end))(np.arange(steps)), np.float32)
+        stage = np.asarray(jax.vmap(make_schedule(peak, steps, warmup, end, span, shape))(np.arange(steps)), np.float32)
         columns = []
         for group in self.groups:
             if group.schedule is None:
@@ -429,15 +432,25 @@ def _unit_norm_sum(p):
     return _root_size(p) * jnp.sum(norms).astype(jnp.float32), _root_size(p) * direction
 
 
-def make_schedule(peak: float, steps: int, warmup: float, end: float) -> optax.Schedule:
-    """Learning rate as a function of the step in a stage: linear warm-up, then cosine.
+def make_schedule(
+    peak: float, steps: int, warmup: float, end: float, span: tuple[float, float] = (0.0, 1.0), shape: str = "cosine"
+) -> optax.Schedule:
+    """Learning rate as a function of the step in a stage: linear warm-up, then the fall.
 
     Args:
         peak: highest learning rate.
         steps: of the stage.
         warmup: share of the steps that rise from 0.
-        end: share of the peak towards which the last step falls.
+        end: share of the peak at which the fall ends.
+        span: the part of the fall that the stage runs through.
+        shape: of the fall, "cosine" or "linear".
     """
     rise = min(round(warmup * steps), steps - 1)
-    fall = optax.cosine_decay_schedule(peak, max(1, steps - rise), alpha=end)
-    return optax.join_schedules([optax.linear_schedule(peak / (rise + 1), peak, rise), fall], [rise]) if rise else fall
+    begin, over = span[0], span[1] - span[0]
+    if shape == "linear":
+        curve = optax.linear_schedule(peak, peak * end, 1)
+    else:
+        curve = optax.cosine_decay_schedule(peak, 1, alpha=end)
+    fall = lambda step: curve(begin + over * step / max(1, steps - rise))
+    first = float(fall(0))
+    return optax.join_schedules([optax.linear_schedule(first / (rise + 1), first, rise), fall], [rise]) if rise else fall

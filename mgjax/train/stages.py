@@ -26,7 +26,8 @@ class Stage:
         pieces: along each side, into which inputs are cut and put together at random (1: they stay whole).
         learning_rate: factor on the optimiser's peak.
         warmup: share of the steps in which the learning rate rises; None = the optimiser's.
-        end: share of the peak at the last step.
+        end: share of the peak at which the fall of the learning rate ends.
+        span: the part of that fall which the stage runs through; see `anneal`.
         weights: (task, factor) pairs on the loss weights.
         grows: (source, target) prefixes of parameter paths: when the stage begins, the target's parameters take the
             values of the source's, wherever path and shape are the same (`state.grow`).
@@ -47,6 +48,7 @@ class Stage:
     learning_rate: float = 1.0
     warmup: float | None = None
     end: float = 0.0
+    span: tuple[float, float] = (0.0, 1.0)
     weights: tuple[tuple[str, float], ...] = ()
     grows: tuple[tuple[str, str], ...] = ()
     patience: int | None = None
@@ -71,10 +73,30 @@ def check_plan(plan: Sequence[Stage], devices: int = 1, parts: int = 1) -> None:
         check_batch_size(stage.batch_size, devices, f"stage '{stage.name}'", parts)
 
 
-def schedule_of(stage: Stage, optim) -> tuple[float, int, float, float]:
-    """Peak, steps, warm-up and end of a stage's learning rate, as `make_schedule` takes them."""
+def schedule_of(stage: Stage, optim) -> tuple[float, int, float, float, tuple[float, float], str]:
+    """Peak, steps, warm-up, end, span and shape of a stage's learning rate, as `make_schedule` takes them."""
     warmup = optim.warmup if stage.warmup is None else stage.warmup
-    return optim.learning_rate * stage.learning_rate, stage.steps, warmup, stage.end
+    return optim.learning_rate * stage.learning_rate, stage.steps, warmup, stage.end, stage.span, optim.schedule
+
+
+def anneal(plan: Sequence[Stage]) -> tuple[Stage, ...]:
+    """The same stages under one fall of the learning rate: it rises in the first and falls step by step through all of them.
+
+    A stage that runs at the peak learns little more after a while; where the early stages are the cheap ones, a fall that
+    begins in them leaves less to the dear last one.
+
+    Example:
+        >>> everything = OperatingPoint(("coarse", "fine"), ("superclass", "class"))
+        >>> plan = anneal(progressive_resolution(everything, (0.5,), steps=(300, 100), batch_size=256))
+        >>> [(stage.name, stage.span, stage.end) for stage in plan]
+        [('resolution_0.5', (0.0, 0.75), 0.0), ('joint', (0.75, 1.0), 0.0)]
+    """
+    total, done, made = sum(stage.steps for stage in plan), 0, []
+    for i, stage in enumerate(plan):
+        span = done / total, (done + stage.steps) / total
+        made.append(dataclasses.replace(stage, span=span, end=0.0, warmup=0.0 if i else stage.warmup))
+        done += stage.steps
+    return tuple(made)
 
 
 def check_batch_size(batch_size: int, devices: int, where: str, parts: int = 1) -> None:
