@@ -121,4 +121,5 @@ def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list
 
 
 if __name__ == "__main__":
-    common.main("cifar_mg", Config(), resolve, train, [*SIZES.values(), *STAGED.values(), CHOSEN])
+    recipes = [*SIZES.values(), *STAGED.values(), CHOSEN]
+    common.main("cifar_mg", Config(), resolve, train, recipes, vision.see(FORMS), "path")

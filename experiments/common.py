@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import functools
 import hashlib
@@ -16,22 +15,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
 import mgjax
-from experiments import report
+from experiments import predict, report
 from mgjax import config as cfg
 from mgjax import train
 from mgjax.config import override, to_dict
 from mgjax.cost import forward_cost
-from mgjax.data import Augment, Crop, Dataset, Subset, eval_batches, membership, train_batches
-from mgjax.decode import decode, task_log_probs
+from mgjax.data import Crop, Dataset, eval_batches, membership, train_batches
 from mgjax.errors import InputError
-from mgjax.metrics import ClassificationMetrics
 from mgjax.objective import Objective
+from mgjax.taxonomy import write_taxonomy
 from mgjax.train import Feeds, Stage, distributed
 from mgjax.train.meter import use_compilation_cache
 from mgjax.train.monitor import accelerator_hint, clock, hardware, write_json
@@ -41,12 +38,14 @@ flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several 
 flags.DEFINE_integer("num_processes", None, "how many processes there are (SLURM, Open MPI and TPU pods say it themselves)")
 flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the other processes", lower_bound=1)
-for _name in ("workdir", "coordinator", "num_processes", "process_id", "join_timeout"):
+flags.DEFINE_multi_string("predict", [], "examples that the trained model of --workdir answers; see experiments/predict.py")
+flags.DEFINE_string("predict_from", "", ".csv or .jsonl with such examples, a row each")
+flags.DEFINE_string("output", "", ".csv or .jsonl to which the answers are written (empty: they are shown)")
+for _name in ("workdir", "predict", "predict_from", "output", "coordinator", "num_processes", "process_id", "join_timeout"):
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[_name])  # so that --help lists it
 
 # Keys that may change when a run is continued: they do not change its result.
 FREE = tuple(f"config.{k}" for k in ("data.dir", "data.cache_gb", "data.workers", "model.remat", "compile_cache", *train.FREE))
-EXAMPLES = 12  # that the report shows
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -163,35 +162,41 @@ def _claim(workdir: pathlib.Path, record: pathlib.Path, meta: dict) -> None:
         write_json(record, meta)
 
 
-def train_model(config: Any, data: Dataset, model, plan: Sequence[Stage], points: Mapping, workdir: pathlib.Path, meta: dict):
+def train_model(
+    config: Any,
+    data: Dataset,
+    model,
+    plan: Sequence[Stage],
+    points: Mapping,
+    workdir: pathlib.Path,
+    meta: dict,
+    *,
+    augment: Callable,
+    metrics: Any,
+    crop: Callable[[Stage], Crop | None] = lambda stage: None,
+) -> dict:
     """Trains a model on a dataset by plan, tests it, and measures what it costs.
 
     Args:
-        config: a TrainConfig that has seed, smoothing, augment and plan.eval_batch_size too.
+        config: a TrainConfig that has seed, smoothing and plan.eval_batch_size too.
         points: name → operating point whose cost and test figures are reported.
         meta: of the run, for its checkpoints.
+        augment, metrics: as in `mgjax.train.fit`.
+        crop: what is cut from the images of a stage where they are decoded.
 
     Returns:
-        (facts for the summary, examples for the report)
+        Facts for the summary, and `variables`, the trained ones, in the first process.
     """
     if distributed.is_main():
-        print(
-            f"{data.name}: {len(data.train):,} training, {len(data.validation):,} validation, {len(data.test):,} test "
-            f"images {data.image_shape}; levels {', '.join(f'{l} ({data.taxonomy.size(l)})' for l in data.taxonomy.levels)}",
-            flush=True,
-        )
+        print(data.describe(), flush=True)
     process = dict(process=jax.process_index(), processes=jax.process_count(), workers=config.data.workers)
-    on_host = config.data.crop == "host"  # then each image is cut where it is decoded, and not again
-    kept = dataclasses.replace(config.augment, crop=(), padding=0) if on_host else config.augment
-    augment = Augment.from_config(kept, data.mean, data.std, data.image_shape)
-    side = config.augment.size or data.image_shape[0]
-    crop = lambda stage: Crop(side, config.augment.crop, config.seed, float(stage.augment)) if stage.augment else None
+    reads = dict(inputs=data.inputs, targets=data.targets, present=data.present)
     counts = {g.name: membership(g, data.train, data.taxonomy) for g in model.granularities}
     counts = {name: table for name, table in counts.items() if table is not None}
     if counts:  # a file of clusters may change between two starts
         digest = hashlib.sha256(b"".join(name.encode() + table.tobytes() for name, table in sorted(counts.items())))
         meta = meta | {"members": digest.hexdigest()[:16]}
-    evaluated = lambda split: eval_batches(split, data.taxonomy, batch_size=config.plan.eval_batch_size, **process)
+    evaluated = lambda split: eval_batches(split, data.taxonomy, batch_size=config.plan.eval_batch_size, **reads, **process)
     feeds = Feeds(
         train=lambda stage, seen, steps: train_batches(
             data.train,
@@ -200,8 +205,9 @@ def train_model(config: Any, data: Dataset, model, plan: Sequence[Stage], points
             seed=config.seed,
             examples_seen=seen,
             steps=steps,
-            crop=crop(stage) if on_host else None,
+            crop=crop(stage),
             weights=counts,
+            **reads,
             **process,
         ),
         validation=lambda: evaluated(data.validation),
@@ -209,13 +215,6 @@ def train_model(config: Any, data: Dataset, model, plan: Sequence[Stage], points
         eval_batch_size=config.plan.eval_batch_size,
         examples=len(data.train),
     )
-    if augment.mixup or augment.cutmix:
-        for stage in plan:  # pairs that lie across two devices would have to travel
-            if stage.augment and stage.batch_size % (2 * jax.device_count()):
-                raise InputError(
-                    f"stage '{stage.name}': mixing needs an even number of rows on each of {jax.device_count()} devices; "
-                    f"a batch of {stage.batch_size} has not: --config.plan.batch_size"
-                )
     objective = Objective.from_config(
         config.objective, model, taxonomy=data.taxonomy, smoothing=config.smoothing, examples=len(data.train)
     )
@@ -224,66 +223,63 @@ def train_model(config: Any, data: Dataset, model, plan: Sequence[Stage], points
             f"objective.balance={config.objective.balance}: no two heads teach one feature, so it evens out norms and sees no "
             "conflict"
         )
+    if distributed.is_main():  # what a prediction needs to know
+        write_json(workdir / "dataset.json", data.record())
+        if data.taxonomy:
+            write_taxonomy(data.taxonomy, workdir / "taxonomy.json")
     facts = train.fit(
         model=model,
         objective=objective,
-        metrics=ClassificationMetrics(data.taxonomy, model.tasks, model.heads),
+        metrics=metrics,
         augment=augment,
         plan=plan,
         feeds=feeds,
         seed=config.seed,
         workdir=workdir,
-        meta=meta | {"taxonomy": data.taxonomy.fingerprint},
+        meta=meta | ({"taxonomy": data.taxonomy.fingerprint} if data.taxonomy else {}),
         free=FREE,
         points=points,
         config=config,
     )
-    variables = facts.pop("variables")
-    if not distributed.is_main():
-        return facts, []
-    chosen = np.random.default_rng(0).permutation(len(data.test))[:EXAMPLES]
-    batch = next(eval_batches(Subset(data.test, chosen, data.test.name), data.taxonomy, batch_size=len(chosen)))
-    normalised = augment.normalise(batch)
-    facts["points"] = [
-        {
-            "name": name,
-            "granularities": list(points[name].active),
-            "tasks": list(points[name].tasks),
-            **forward_cost(model, variables, jax.tree.map(lambda x: x[:1], normalised.inputs), points[name])._asdict(),
-            "accuracy": {level: v["accuracy"] for level, v in figures["levels"].items()},
-        }
-        for name, figures in facts["points"].items()
-    ]
-    return facts, _examples(model, variables, batch.replace(index=chosen), normalised, plan[-1].op, data.taxonomy)
+    if distributed.is_main():
+        one = augment.normalise(next(eval_batches(data.test, data.taxonomy, batch_size=1, **reads)))
+        facts["points"] = [
+            {
+                "name": name,
+                "granularities": list(points[name].active),
+                "tasks": list(points[name].tasks),
+                **forward_cost(model, facts["variables"], one.inputs, points[name])._asdict(),
+                "accuracy": {level: v["accuracy"] for level, v in figures.get("levels", {}).items()},
+                **({"figures": figures["tasks"]} if "tasks" in figures else {}),
+            }
+            for name, figures in facts["points"].items()
+        ]
+    return facts
 
 
-def _examples(model, variables, batch, normalised, op, taxonomy) -> list[report.Example]:
-    """What the trained model says of the images of one batch."""
-    outputs = jax.jit(lambda v, x: model.apply(v, x, op, train=False))(variables, normalised.inputs)
-    said = task_log_probs(outputs, model.heads, model.tasks)
-    path = jax.device_get(decode({t.level: said[t.name] for t in model.tasks if t.name in said}, taxonomy))
-    # Coarse to fine; JAX has sorted the levels by name.
-    level_names = {l: names for l, names in zip(taxonomy.levels, taxonomy.names) if l in path.labels}
-    return [
-        report.Example(
-            image=batch.inputs["image"][i],
-            index=int(batch.index[i]),
-            truth={l: names[batch.targets[l][i]] if batch.targets[l][i] >= 0 else None for l, names in level_names.items()},
-            answer={l: names[path.labels[l][i]] for l, names in level_names.items()},
-            probability={l: float(np.exp(path.log_probs[l][i, path.labels[l][i]])) for l in level_names},
-        )
-        for i in np.flatnonzero(batch.mask)
-    ]
-
-
-def main(name: str, base: Any, resolve: Callable, train_and_test: Callable, recipes: Iterable[Mapping]) -> None:
-    """The command line of an experiment; see `run`.
+def main(
+    name: str, base: Any, resolve: Callable, train_and_test: Callable, recipes: Iterable[Mapping], see: Callable, column: str
+) -> None:
+    """The command line of an experiment; see `run`, and `predict.answer`.
 
     Args:
         recipes: values of keys that presets, sizes and datasets may set; `--help` marks the keys.
+        see, column: as in `predict.answer`.
     """
     notes = {dotted: "; preset, size and dataset may set another default" for recipe in recipes for dotted in recipe}
-    cfg.run(lambda given: run(name, base, given, resolve, train_and_test), base, notes)
+
+    def train_or_predict(given: dict[str, Any]) -> None:
+        asked = flags.FLAGS.predict, flags.FLAGS.predict_from, flags.FLAGS.output
+        if not any(asked):
+            run(name, base, given, resolve, train_and_test)
+            return
+        if not flags.FLAGS.workdir:
+            raise InputError("which model is to predict? --workdir=DIR of a finished run")
+        if given:
+            raise InputError(f"a trained model keeps its config: leave out --config.{next(iter(given))}")
+        predict.answer(base, see, column, pathlib.Path(flags.FLAGS.workdir), *asked)
+
+    cfg.run(train_or_predict, base, notes, operands="predict")
 
 
 def check_same(old: dict, new: dict, workdir: pathlib.Path) -> None:
@@ -297,27 +293,37 @@ def check_same(old: dict, new: dict, workdir: pathlib.Path) -> None:
 
 
 def show(summary: dict) -> None:
-    """Prints the table of test results."""
+    """Prints the tables of test results: of levels, and of other tasks."""
     test = summary["test"]
-    table = Table(title=f"{summary['experiment']} on {summary['dataset']}: {test['examples']:,} test images")
-    for column in ("level", "accuracy", "raw", "top-5", "precision", "recall", "F1", "ECE"):
-        table.add_column(column, justify="left" if column == "level" else "right")
-    for level, v in test["levels"].items():
-        shares = (v.get(k) for k in ("accuracy", "raw_accuracy", "top5", "precision", "recall", "f1"))
-        # A level that no head answers has no raw figures.
-        table.add_row(level, *("–" if s is None else f"{s:.2%}" for s in shares), f"{v['ece']:.4f}")
     console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100)
-    console.print(table)
-    decoders = ", ".join(
-        f"{m.replace('_', '-')} {v['full_path_accuracy']:.2%} ({'/'.join(f'{a:.2%}' for a in v['accuracy'].values())})"
-        for m, v in test["decoders"].items()
-    )
-    console.print(
-        f"full path {test['full_path_accuracy']:.2%} · inconsistent: raw {test['raw_inconsistency']:.2%}, "
-        f"decoded {test['inconsistency']:.2%} · tree distance {test['tree_distance']:.3f} · "
-        f"mistake severity {test['mistake_severity']:.3f}"
-    )
-    console.print(f"decoders, full path (by level): {decoders}")
+    title = f"{summary['experiment']} on {summary['dataset']}: {test['examples']:,} test examples"
+    if "levels" in test:
+        table = Table(title=title)
+        for column in ("level", "accuracy", "raw", "top-5", "precision", "recall", "F1", "ECE"):
+            table.add_column(column, justify="left" if column == "level" else "right")
+        for level, v in test["levels"].items():
+            shares = (v.get(k) for k in ("accuracy", "raw_accuracy", "top5", "precision", "recall", "f1"))
+            # A level that no head answers has no raw figures.
+            table.add_row(level, *("–" if s is None else f"{s:.2%}" for s in shares), f"{v['ece']:.4f}")
+        console.print(table)
+        decoders = ", ".join(
+            f"{m.replace('_', '-')} {v['full_path_accuracy']:.2%} ({'/'.join(f'{a:.2%}' for a in v['accuracy'].values())})"
+            for m, v in test["decoders"].items()
+        )
+        console.print(
+            f"full path {test['full_path_accuracy']:.2%} · inconsistent: raw {test['raw_inconsistency']:.2%}, "
+            f"decoded {test['inconsistency']:.2%} · tree distance {test['tree_distance']:.3f} · "
+            f"mistake severity {test['mistake_severity']:.3f}"
+        )
+        console.print(f"decoders, full path (by level): {decoders}")
+    if "tasks" in test:
+        table = Table(title=title)
+        metrics = list(dict.fromkeys(k for v in test["tasks"].values() for k in v))
+        for column in ("task", *metrics):
+            table.add_column(column, justify="left" if column == "task" else "right")
+        for task, v in test["tasks"].items():
+            table.add_row(task, *(f"{v[m]:.4f}" if m in v else "–" for m in metrics))
+        console.print(table)
     console.print(
         f"{summary['params']:,} parameters · {summary['train_flops']:.3g} training FLOPs · "
         f"{summary['steps']:,} steps · {clock(summary['seconds'])} of training"

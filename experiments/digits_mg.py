@@ -114,4 +114,4 @@ def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list
 
 
 if __name__ == "__main__":
-    common.main("digits_mg", Config(), resolve, train, [RECIPE, *SOURCES.values()])
+    common.main("digits_mg", Config(), resolve, train, [RECIPE, *SOURCES.values()], vision.see(FORMS), "path")

@@ -148,6 +148,5 @@ def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list
 
 
 if __name__ == "__main__":
-    common.main(
-        "imagenet_mg", Config(), resolve, train, [*SIZES.values(), *PRESETS.values(), *SEPARABLE.values(), *RECIPES.values()]
-    )
+    recipes = [*SIZES.values(), *PRESETS.values(), *SEPARABLE.values(), *RECIPES.values()]
+    common.main("imagenet_mg", Config(), resolve, train, recipes, vision.see(FORMS), "path")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,14 +24,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
-from experiments import common
+from experiments import common, report
+from experiments.plans import RunConfig, build_plan, points_of
+from experiments.predict import Seen
 from mgjax.branches import MLP, NAMED_BRANCHES, Branch, ConvNet, ResNet, SeparableNet, ViT
 from mgjax.branches.base import scale_width
 from mgjax.branches.resnet import DOWNSAMPLES, STEMS
 from mgjax.config import ConfigError, key
-from mgjax.data import AugmentConfig, DataConfig, Dataset, load_dataset
+from mgjax.contracts import Batch
+from mgjax.data import Augment, AugmentConfig, Crop, DataConfig, DecodeError, Subset, eval_batches, load_dataset
+from mgjax.data.images import decode_rgb, fit
+from mgjax.decode import decode, task_log_probs
+from mgjax.errors import InputError
 from mgjax.fusion import FUSIONS, Fusion
 from mgjax.granularity import (
     DENOISERS,
@@ -43,22 +49,20 @@ from mgjax.granularity import (
     Granularity,
     Head,
     Identity,
-    OperatingPoint,
     Resize,
     Task,
 )
 from mgjax.layers import ACTIVATIONS, activation
 from mgjax.layers.norm import NORMS
+from mgjax.metrics import ClassificationMetrics
 from mgjax.model import MultiGranularityModel
-from mgjax.objective import ObjectiveConfig
 from mgjax.projection import GranularityProjection
 from mgjax.taxonomy import Taxonomy
-from mgjax.train import Stage, TrainConfig
-from mgjax.train.stages import anneal, coarse_to_fine, growth, joint_only, progressive_jigsaw
+from mgjax.train import distributed
 from mgjax.views import scaled
 
 BRANCHES = (*NAMED_BRANCHES, "resnet", "conv", "separable", "mlp")
-PLANS = ("coarse_to_fine", "joint", "backbone_first", "progressive_resolution", "progressive_jigsaw", "growth")
+EXAMPLES = 12  # that the report shows
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -101,39 +105,13 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanConfig:
-    kind: str = key("coarse_to_fine", "what the stages are; see mgjax.train.stages", choices=PLANS)
-    batch_size: int = key(256, "examples per step, over all devices", low=1)
-    eval_batch_size: int = key(480, "examples per evaluation step, over all devices", low=1)
-    alone: tuple[float, ...] = key((2.0,), "epochs of each stage before the last, coarse to fine; the last is repeated", low=0)
-    resolution: tuple[float, ...] = key((1.0,), "resolution in those stages; the last is repeated", low=0.01, high=1)
-    pieces: tuple[int, ...] = key(
-        (8, 4, 2), "of progressive_jigsaw in those stages, along each side; the last is repeated", low=1
-    )
-    strength: tuple[float, ...] = key(
-        (1.0,), "of the augmentation in those stages; the last is repeated, and the last stage has 1", low=0, high=1
-    )
-    anneal: bool = key(False, "the learning rate falls through all stages; else it stays up in those before the last")
-    joint: float = key(6.0, "epochs of the last stage, in which all granularities train together", low=0)
-    max_steps: int = key(0, "end each stage after so many steps, for a quick look (0: no limit)", low=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class VisionConfig(TrainConfig):
+class VisionConfig(RunConfig):
     """What every experiment on images can be told."""
 
-    preset: str = key("auto", "how granularities are composed")
     size: str = key("auto", "of the model; auto goes by the device", choices=("auto", "cpu", "gpu"))
-    seed: int = key(0, "of initialisation, order and augmentation")
-    smoothing: float = key(0.1, "label smoothing", low=0, high=0.99)
-    objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     model: ModelConfig = ModelConfig()
-    plan: PlanConfig = PlanConfig()
-    compile_cache: str = key(
-        "auto", "folder that keeps compiled programs (auto: JAX_COMPILATION_CACHE_DIR or the user's cache; empty: none)"
-    )
 
 
 class Form(NamedTuple):
@@ -250,87 +228,10 @@ def build_model(
     return build(form, width)
 
 
-def build_plan(config: PlanConfig, model: MultiGranularityModel, examples: int, alike: int = 1) -> tuple[Stage, ...]:
-    """The stages of a plan of `config.kind`: by default one per granularity, coarse to fine, then all of them jointly.
-
-    Where there is one granularity, or every head has a branch of its own and nothing is fused, there
-    is nothing to stage: all train side by side, for as many epochs as the single stages of `alike`
-    granularities have.
-
-    Args:
-        examples: in an epoch.
-        alike: granularities of the staged model that a baseline is compared with.
-
-    Raises:
-        ConfigError: no epochs or resolution; a lower resolution for a branch of fixed input size; growth where
-            granularities share a branch.
-    """
-
-    def steps(epochs: float) -> int:
-        count = max(1, round(epochs * examples / config.batch_size)) if epochs > 0 else 0
-        return min(count, config.max_steps) if config.max_steps else count
-
-    alone = [(g.name, single(model, g.name)) for g in model.granularities]
-    early = False  # one stage instead of several
-    match config.kind:
-        case "joint":
-            return joint_only(model.everything, steps=max(1, steps(config.joint)), batch_size=config.batch_size)
-        case "progressive_resolution":
-            alone = [(f"resolution_{r:g}", model.everything) for r in config.resolution]
-        case "backbone_first":
-            alone = [("backbone", alone[-1][1])]
-        case "coarse_to_fine" | "progressive_jigsaw":
-            if early := not model.fusion and (len(alone) == 1 or len(model.branches) == len(model.heads)):
-                alone = [("early", model.everything)]
-    resolution = [_at(config.resolution, i) for i in range(len(alone))]
-    epochs = [_at(config.alone, i) for i in range(len(alone))]
-    if early:
-        epochs = [sum(_at(config.alone, i) for i in range(alike))]
-    if any(r != 1 for r in resolution) and any(isinstance(b, MLP) for b in model.branches.values()):
-        raise ConfigError("an MLP sees inputs of one size alone: set --config.plan.resolution=1")
-    alone = [(name, dataclasses.replace(op, resolution=r)) for (name, op), r in zip(alone, resolution)]
-    lengths = dict(
-        steps_alone=[steps(e) for e in epochs], steps_together=max(1, steps(config.joint)), batch_size=config.batch_size
-    )
-    strength = {name: _at(config.strength, i) for i, (name, _) in enumerate(alone)}
-    plan = _kind_of_plan(config, model, alone, lengths)
-    plan = tuple(dataclasses.replace(stage, augment=strength.get(stage.name, stage.augment)) for stage in plan)
-    return anneal(plan) if config.anneal else plan
-
-
-def _kind_of_plan(config: PlanConfig, model: MultiGranularityModel, alone: Sequence, lengths: Mapping) -> tuple[Stage, ...]:
-    match config.kind:
-        case "progressive_jigsaw":
-            pieces = [_at(config.pieces, i) for i in range(len(alone))]
-            return progressive_jigsaw(alone, model.everything, pieces=pieces, **lengths)
-        case "growth":
-            of = [g.branch for g in model.granularities]
-            if len(of) < 2 or len(set(of)) < len(of):
-                raise ConfigError("plan.kind=growth needs a branch per granularity, two or more: --config.preset=branches")
-            grows = [(f"branches_{a}", f"branches_{b}") for a, b in itertools.pairwise(of)]
-            return growth(alone, model.everything, grows=grows, **lengths)
-    # Whatever trains before all granularities do: one of them, the backbone, or all at a lower resolution.
-    return coarse_to_fine(alone, model.everything, **lengths)
-
-
-def single(model: MultiGranularityModel, granularity: str) -> OperatingPoint:
-    """One granularity, and the tasks of the heads that learn from it, or else from the fusion."""
-    for source in (granularity, FUSED):
-        if tasks := {h.task for h in model.heads if (source, "grad") in h.reads}:
-            break
-    return OperatingPoint((granularity,), tuple(tasks))
-
-
-def points_of(model: MultiGranularityModel) -> dict[str, OperatingPoint]:
-    """Each granularity alone, then all together, at full resolution."""
-    alone = {g.name: single(model, g.name) for g in model.granularities} if len(model.granularities) > 1 else {}
-    return alone | {"all": model.everything}
-
-
-def seen_shape(config: VisionConfig, data: Dataset) -> tuple[int, int, int]:
+def _seen_shape(config: VisionConfig, shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """(height, width, channels) of what the augmentation hands to the model."""
     side = config.augment.size
-    return (side, side, data.image_shape[2]) if side else data.image_shape
+    return (side, side, shape[2]) if side else shape
 
 
 def train(
@@ -343,20 +244,80 @@ def train(
         alike: as in `build_plan`; by default as many as there are levels.
     """
     data = load_dataset(config.data)
-    model = build_model(config.model, config.preset, data.taxonomy, seen_shape(config, data), forms)
+    model = build_model(config.model, config.preset, data.taxonomy, _seen_shape(config, data.image_shape), forms)
     plan = build_plan(config.plan, model, len(data.train), alike or len(data.taxonomy.levels))
-    return common.train_model(config, data, model, plan, points_of(model), workdir, meta)
+    on_host = config.data.crop == "host"  # then each image is cut where it is decoded, and not again
+    kept = dataclasses.replace(config.augment, crop=(), padding=0) if on_host else config.augment
+    augment = Augment.from_config(kept, data.mean, data.std, data.image_shape)
+    if augment.mixup or augment.cutmix:
+        for stage in plan:  # pairs that lie across two devices would have to travel
+            if stage.augment and stage.batch_size % (2 * jax.device_count()):
+                raise InputError(
+                    f"stage '{stage.name}': mixing needs an even number of rows on each of {jax.device_count()} devices; "
+                    f"a batch of {stage.batch_size} has not: --config.plan.batch_size"
+                )
+    side = config.augment.size or data.image_shape[0]
+    crop = lambda stage: Crop(side, config.augment.crop, config.seed, float(stage.augment)) if stage.augment else None
+    metrics = ClassificationMetrics(data.taxonomy, model.tasks, model.heads)
+    facts = common.train_model(
+        config, data, model, plan, points_of(model), workdir, meta,
+        augment=augment, metrics=metrics, crop=crop if on_host else lambda stage: None,
+    )  # fmt: skip
+    variables = facts.pop("variables")
+    if not distributed.is_main():
+        return facts, []
+    chosen = np.random.default_rng(0).permutation(len(data.test))[:EXAMPLES]
+    batch = next(eval_batches(Subset(data.test, chosen, data.test.name), data.taxonomy, batch_size=len(chosen)))
+    return facts, _examples(model, variables, batch.replace(index=chosen), augment.normalise(batch), plan[-1].op, data.taxonomy)
+
+
+def see(forms: Mapping) -> Callable:
+    """What `predict.answer` needs, of an experiment with these forms: image files, fitted and normalised as the test's were."""
+
+    def seen(config: VisionConfig, record: Mapping, tree: Taxonomy, rows: Sequence[Mapping]) -> Seen:
+        shape = tuple(record["image_shape"])
+        model = build_model(config.model, config.preset, tree, _seen_shape(config, shape), forms)
+        images = np.stack([_read_image(row["path"], shape) for row in rows])
+        batch = Batch({"image": images}, {}, np.ones(len(rows), bool), np.arange(len(rows)))
+        return Seen(
+            model, tree, Augment.from_config(config.augment, record["mean"], record["std"], shape).normalise(batch).inputs
+        )
+
+    return seen
+
+
+def _read_image(path: str, shape: Sequence[int]) -> np.ndarray:
+    try:
+        image = decode_rgb(pathlib.Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read: {error.strerror}") from None
+    except DecodeError as error:
+        raise InputError(f"'{path}' does not decode: {error}") from None
+    return image if image.shape == tuple(shape) else fit(image, shape[0])
+
+
+def _examples(model, variables, batch, normalised, op, taxonomy) -> list[report.Example]:
+    """What the trained model says of the images of one batch."""
+    outputs = jax.jit(lambda v, x: model.apply(v, x, op, train=False))(variables, normalised.inputs)
+    said = task_log_probs(outputs, model.heads, model.tasks)
+    path = jax.device_get(decode({t.level: said[t.name] for t in model.tasks if t.name in said}, taxonomy))
+    # Coarse to fine; JAX has sorted the levels by name.
+    level_names = {l: names for l, names in zip(taxonomy.levels, taxonomy.names) if l in path.labels}
+    return [
+        report.Example(
+            image=batch.inputs["image"][i],
+            index=int(batch.index[i]),
+            truth={l: names[batch.targets[l][i]] if batch.targets[l][i] >= 0 else None for l, names in level_names.items()},
+            answer={l: names[path.labels[l][i]] for l, names in level_names.items()},
+            probability={l: float(np.exp(path.log_probs[l][i, path.labels[l][i]])) for l in level_names},
+        )
+        for i in np.flatnonzero(batch.mask)
+    ]
 
 
 def _count(model: MultiGranularityModel, inputs: Mapping) -> int:
     init = lambda x: model.init(jax.random.key(0), x, model.everything, train=False)
     return sum(p.size for p in jax.tree.leaves(jax.eval_shape(init, inputs)["params"]))
-
-
-def _at(values: tuple, i: int) -> Any:
-    if not values:
-        raise ConfigError("plan.alone, plan.resolution, plan.strength and plan.pieces need at least one number each")
-    return values[min(i, len(values) - 1)]
 
 
 def view_of(config: ModelConfig, scale: float = 1.0):

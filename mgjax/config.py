@@ -175,10 +175,15 @@ def given(config: Any, values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]
     return {k: values[PREFIX + k].value for k in leaves(config) if values[PREFIX + k].present}
 
 
-def run(main: Callable[[dict[str, Any]], None], config: Any, notes: Mapping[str, str] | None = None) -> None:
+def run(
+    main: Callable[[dict[str, Any]], None], config: Any, notes: Mapping[str, str] | None = None, operands: str = ""
+) -> None:
     """Runs an experiment under `absl.app`: `main` receives the keys that the user set.
 
     Bad input ends in one clear line and exit status 2, not in a traceback.
+
+    Args:
+        operands: a flag of several values that, once it is given, takes further arguments too.
     """
     define(config, notes=notes)
     known = set(leaves(config))
@@ -194,6 +199,9 @@ def run(main: Callable[[dict[str, Any]], None], config: Any, notes: Mapping[str,
             raise SystemExit(_fatal(str(error))) from None
         except flags.Error as error:
             raise SystemExit(_fatal(str(error))) from None
+        if operands and flags.FLAGS[operands].present:
+            flags.FLAGS[operands].value += rest[1:]
+            rest = rest[:1]
         if len(rest) > 1:
             raise SystemExit(_fatal(f"unexpected argument '{rest[1]}': keys are given as --{PREFIX}KEY=VALUE"))
         return rest

@@ -12,7 +12,7 @@ FUSED = "fused"  # a head reads this to see what the fusion made of all active g
 
 
 DENOISERS = ("median", "bilateral", "nlm")
-KINDS = ("classification", "regression")
+KINDS = ("classification", "multilabel", "regression")
 
 
 class DeclarationError(InputError):
@@ -133,7 +133,109 @@ class Compose:
         object.__setattr__(self, "views", tuple(flat))
 
 
-View = Identity | Resize | Region | Grey | Denoise | Compose
+# Of what is no image, the data make what a view sees, before the batch: `inputs[view.key]`.
+
+
+@dataclasses.dataclass(frozen=True)
+class Characters:
+    """A text's characters, in order: int32 [B, length], 0 where there is none, 1 where it was not seen in training.
+
+    Attributes:
+        length: of what is read; of longer texts the rest is cut.
+
+    Example:
+        >>> Characters(160).key
+        'characters_160'
+    """
+
+    length: int = 160
+
+    def __post_init__(self):
+        _check_length(self, self.length)
+
+    @property
+    def key(self) -> str:
+        """Of the batch's inputs."""
+        return f"characters_{self.length}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """A text's words and signs, in order: int32 [B, length], 0 where there is none, 1 where it was not seen in training.
+
+    Attributes:
+        length: of what is read; of longer texts the rest is cut.
+        least: examples of training in which a word stands, or else it counts as not seen.
+    """
+
+    length: int = 40
+    least: int = 1
+
+    def __post_init__(self):
+        _check_length(self, self.length)
+        if self.least < 1:
+            raise DeclarationError(f"{self}: a word is seen in 1 example at least")
+
+    @property
+    def key(self) -> str:
+        return f"words_{self.length}_{self.least}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentence:
+    """A whole text at once: the bag of its n-grams, hashed to int32 [B, length] from 1 to buckets − 1, 0 where there is none.
+
+    Hashing (Weinberger et al. 2009, arXiv:0902.2206) needs no vocabulary. Texts begin and end with a sign of their own, so an
+    n-gram tells whether it stands there.
+
+    Attributes:
+        words: shortest and longest n-gram of words; (0, 0): none.
+        characters: shortest and longest n-gram of characters within a word, its ends marked; (0, 0): none.
+        buckets: into which n-grams are hashed.
+        length: n-grams that are kept, of words first; of longer texts the rest is cut.
+    """
+
+    words: tuple[int, int] = (1, 3)
+    characters: tuple[int, int] = (0, 0)
+    buckets: int = 1 << 14
+    length: int = 128
+
+    def __post_init__(self):
+        _check_length(self, self.length)
+        for low, high in (self.words, self.characters):
+            if not (0 < low <= high or low == high == 0):
+                raise DeclarationError(f"{self}: n-grams have 1 part at least, and the shortest stands first")
+        if self.words == self.characters == (0, 0) or self.buckets < 2:
+            raise DeclarationError(f"{self}: n-grams of words or characters are needed, and 2 buckets")
+
+    @property
+    def key(self) -> str:
+        spans = "_".join(f"{low}{high}" for low, high in (self.words, self.characters))
+        return f"sentence_{spans}_{self.buckets}_{self.length}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Some columns of a table, as they were encoded: {"numbers": float32 [B, N], "categories": int32 [B, M]}.
+
+    Attributes:
+        names: of the columns; none: all.
+    """
+
+    names: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return "columns" + "".join(f"_{name}" for name in self.names)
+
+
+def _check_length(view, length: int) -> None:
+    if length < 1:
+        raise DeclarationError(f"{view}: a length is at least 1")
+
+
+Encoded = Characters | Words | Sentence | Columns
+View = Identity | Resize | Region | Grey | Denoise | Compose | Encoded
 
 
 # ---------------------------------------------------------------------- members
@@ -249,18 +351,26 @@ class Task:
     Attributes:
         name: unique name.
         target: key in `Batch.targets`.
-        classes: number of classes; of a regression, of the numbers that are predicted.
+        classes: number of classes, or of labels of which an example has any number; of a regression, of the numbers that
+            are predicted.
         level: level of the taxonomy that the classes are, if there is a taxonomy.
-        kind: `"classification"` or `"regression"`: the answer's form, which decides loss, metrics and decode.
+        kind: `"classification"`, `"multilabel"` or `"regression"`: the answer's form, which decides loss, metrics and decode.
+        center, spread: of a regression's targets: predictions begin there, and errors count in units of the spread.
+        bounds: between which a regression's answers lie; None: anywhere.
     """
 
     name: str
     target: str
     classes: int
     level: str | None = None
-    kind: Literal["classification", "regression"] = "classification"
+    kind: Literal["classification", "multilabel", "regression"] = "classification"
+    center: float = 0.0
+    spread: float = 1.0
+    bounds: tuple[float, float] | None = None
 
     def __post_init__(self):
+        if not self.spread > 0 or (self.bounds and not self.bounds[0] < self.bounds[1]):
+            raise DeclarationError(f"task '{self.name}': a spread above 0 is needed, and bounds in their order")
         if self.kind not in KINDS:
             raise DeclarationError(f"task '{self.name}' is of kind '{self.kind}': one of {', '.join(KINDS)}")
 

@@ -208,6 +208,32 @@ def distillation(logits, teacher, temperature: float = 4.0):
     return temperature**2 * jnp.sum(share * jnp.where(share > 0, taught - said, 0.0), -1)  # 0 · log 0 = 0
 
 
+def multilabel_loss(logits, targets):
+    """Mean binary cross-entropy over the labels of each example, of which it may have any number.
+
+    Args:
+        logits: floating [B, C]; the loss is computed in float32 at least.
+        targets: floating [B, C], from 0 to 1; what is not finite, as NaN, is unknown and counts for nothing.
+
+    Returns:
+        (float32 [B] losses, bool [B] whether any label is known); where none is, the loss is 0, and so is its gradient.
+
+    Raises:
+        InputError: targets of another shape than the logits.
+
+    Example:
+        >>> loss, known = multilabel_loss(jnp.zeros((2, 2)), jnp.array([[1.0, 0.0], [jnp.nan, jnp.nan]]))
+        >>> [round(float(x), 4) for x in loss], known.tolist()
+        ([0.6931, 0.0], [True, False])
+    """
+    if targets.shape != logits.shape:
+        raise InputError(f"logits {logits.shape} and targets {targets.shape} are not of the same labels")
+    known = jnp.isfinite(targets)
+    logits = jnp.where(known, logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), 0.0)
+    each = optax.sigmoid_binary_cross_entropy(logits, jnp.where(known, targets, 0.0))
+    return jnp.where(known, each, 0.0).sum(-1) / jnp.maximum(known.sum(-1), 1), known.any(-1)
+
+
 def squared_error(predictions, targets):
     """½ · Σ_d (ŷ[b, d] − y[b, d])² per example.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from mgjax.taxonomy import Taxonomy
 
 BINS = 15  # of the calibration error, as Guo et al. 2017
 CONFUSION = 60  # a larger confusion matrix is not kept
+_RANKS = 400  # bins of probabilities, from which an average precision is made
 RESOLVED = 1e-4  # of a mean square: below that, float32 sums do not tell a variance
 
 
@@ -46,8 +46,6 @@ class ClassificationMetrics:
         >>> metrics.compute(metrics.update(outputs, batch))["levels"]["class"]["accuracy"]
         0.5
     """
-
-    section: ClassVar[str] = "levels"  # of the figures
 
     taxonomy: Taxonomy
     tasks: Sequence[Task]
@@ -167,6 +165,10 @@ class ClassificationMetrics:
         }
         return levels | {k: v for k, v in figures.items() if isinstance(v, float)}
 
+    def answered(self, figures: Mapping) -> bool:
+        """Whether figures of several metrics hold some of these."""
+        return "levels" in figures
+
     def own(self, figures: Mapping) -> str:
         """The name among `scalars` by which a stage is judged that answers these: the accuracy of its finest level."""
         return f"{list(figures['levels'])[-1]}/accuracy"
@@ -237,8 +239,6 @@ class RegressionMetrics:
         0.5
     """
 
-    section: ClassVar[str] = "tasks"
-
     tasks: Sequence[Task]
     heads: Sequence[Head]
     centers: Mapping[str, float | Sequence[float]] = dataclasses.field(default_factory=dict)
@@ -294,10 +294,16 @@ class RegressionMetrics:
         return {"examples": int(sums["examples"]), "tasks": tasks}
 
     def scalars(self, figures: Mapping) -> dict[str, float]:
-        return {f"{task}/{k}": v for task, said in figures["tasks"].items() for k, v in said.items()}
+        return {f"{task}/{k}": v for task, said in self._own(figures).items() for k, v in said.items()}
+
+    def answered(self, figures: Mapping) -> bool:
+        return bool(self._own(figures))
+
+    def _own(self, figures: Mapping) -> dict:
+        return {t.name: figures["tasks"][t.name] for t in self.tasks if t.name in figures.get("tasks", {})}
 
     def own(self, figures: Mapping) -> str:
-        return f"{list(figures['tasks'])[-1]}/rmse"
+        return f"{list(self._own(figures))[-1]}/rmse"
 
     @property
     def main(self) -> str:
@@ -308,7 +314,108 @@ class RegressionMetrics:
         return tuple(f"{t.name}/{k}" for t in self.tasks for k in ("rmse", "mae", "r2"))
 
     def headline(self, figures: Mapping) -> str:
-        return "  ".join(f"{task} rmse {v['rmse']:.4g}" for task, v in figures["tasks"].items())
+        return "  ".join(f"{task} rmse {v['rmse']:.4g}" for task, v in self._own(figures).items())
+
+    def progress(self, scalars: Mapping[str, float]) -> str:
+        return f"loss {scalars['loss']:.3f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiLabelMetrics:
+    """Per task, of which an example has any number of labels: F1 over all answers (`f1_micro`) and as the mean over the labels
+    that occur (`f1_macro`), an answer being a probability of ½ or more; share of the examples with all labels right (`exact`);
+    mean over the labels of the average precision (`map`), from a histogram of the probabilities with 400 bins, in which
+    those of one bin count as equal.
+
+    The methods are those of `ClassificationMetrics`; models are compared by the last task's `map`.
+
+    Attributes:
+        tasks, heads: the declarations of the model; tasks of other kinds are passed over.
+
+    Example:
+        >>> metrics = MultiLabelMetrics([Task("tags", "tags", 2, kind="multilabel")], [Head("tags", {"g": "grad"})])
+        >>> batch = Batch({}, {"tags": jnp.array([[1.0, 0.0], [1.0, 1.0]])}, jnp.array([True, True]), jnp.arange(2))
+        >>> figures = metrics.compute(metrics.update(Outputs({"tags": jnp.array([[3.0, -3.0], [3.0, -3.0]])}), batch))
+        >>> {name: round(value, 3) for name, value in figures["tasks"]["tags"].items()}
+        {'f1_micro': 0.8, 'f1_macro': 0.5, 'exact': 0.5, 'map': 0.75}
+    """
+
+    tasks: Sequence[Task]
+    heads: Sequence[Head]
+
+    def __post_init__(self):
+        tasks = [t for t in self.tasks if t.kind == "multilabel"]
+        object.__setattr__(self, "tasks", tasks)
+        object.__setattr__(self, "heads", [h for h in self.heads if h.task in {t.name for t in tasks}])
+
+    def update(self, outputs: Outputs, batch: Batch) -> dict:
+        sums = {"examples": jnp.sum(batch.mask.astype(jnp.float32)), "tasks": {}}
+        for task in self.tasks:
+            said = [
+                jax.nn.sigmoid(outputs.logits[h.name]) for h in self.heads if h.task == task.name and h.name in outputs.logits
+            ]
+            if not said:
+                continue
+            said, truth = jnp.mean(jnp.stack(said), 0), batch.targets[task.target]
+            known = (jnp.isfinite(truth) & batch.mask[:, None]).astype(jnp.float32)
+            true, answer = known * (truth >= 0.5), known * (said >= 0.5)
+            bins = jnp.clip((said * _RANKS).astype(jnp.int32), 0, _RANKS - 1)
+            label = jnp.broadcast_to(jnp.arange(task.classes)[None], bins.shape)
+            count = lambda weight, at=(label, bins), c=task.classes: jnp.zeros((c, _RANKS), jnp.float32).at[at].add(weight)
+            all_known = known.all(-1)
+            sums["tasks"][task.name] = {
+                "right": jnp.sum(true * answer, 0),
+                "answered": jnp.sum(answer, 0),
+                "labelled": jnp.sum(true, 0),
+                "exact": jnp.sum(all_known & (true == answer).all(-1)),
+                "count": jnp.sum(all_known),
+                "true": count(true),
+                "false": count(known - true),
+            }
+        return jax.tree.map(lambda x: x.astype(jnp.float32), sums)
+
+    def compute(self, sums: Mapping, full: bool = False) -> dict:
+        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), dict(sums))
+        if not sums["examples"]:
+            raise ValueError("no example was evaluated: the split is empty, or every example was masked")
+        tasks = {}
+        for name, s in ((t.name, sums["tasks"][t.name]) for t in self.tasks if t.name in sums["tasks"]):
+            either = s["answered"] + s["labelled"]
+            # From the highest probability down: precision at each, weighed by what is found there.
+            true, false = np.cumsum(s["true"][:, ::-1], 1), np.cumsum(s["false"][:, ::-1], 1)
+            precision = true / np.maximum(true + false, 1)
+            occurs = s["labelled"] > 0
+            found = (precision * s["true"][:, ::-1]).sum(1) / np.maximum(s["labelled"], 1)
+            tasks[name] = {
+                "f1_micro": float(2 * s["right"].sum() / either.sum()) if either.any() else 0.0,
+                "f1_macro": float((2 * s["right"] / np.maximum(either, 1))[either > 0].mean()) if either.any() else 0.0,
+                "exact": float(s["exact"] / s["count"]) if s["count"] else 0.0,
+                "map": float(found[occurs].mean()) if occurs.any() else 0.0,
+            }
+        return {"examples": int(sums["examples"]), "tasks": tasks}
+
+    def scalars(self, figures: Mapping) -> dict[str, float]:
+        return {f"{task}/{k}": v for task, said in self._own(figures).items() for k, v in said.items()}
+
+    def answered(self, figures: Mapping) -> bool:
+        return bool(self._own(figures))
+
+    def _own(self, figures: Mapping) -> dict:
+        return {t.name: figures["tasks"][t.name] for t in self.tasks if t.name in figures.get("tasks", {})}
+
+    def own(self, figures: Mapping) -> str:
+        return f"{list(self._own(figures))[-1]}/map"
+
+    @property
+    def main(self) -> str:
+        return f"{self.tasks[-1].name}/map"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"{t.name}/{k}" for t in self.tasks for k in ("f1_micro", "f1_macro", "exact", "map"))
+
+    def headline(self, figures: Mapping) -> str:
+        return "  ".join(f"{task} mAP {v['map']:.1%}" for task, v in self._own(figures).items())
 
     def progress(self, scalars: Mapping[str, float]) -> str:
         return f"loss {scalars['loss']:.3f}"
@@ -318,7 +425,7 @@ class RegressionMetrics:
 class Metrics:
     """Several metrics as one, such as those of levels and of regressions: `scalars` and figures side by side.
 
-    A part of which no head answered has no figures. The methods are those of the parts.
+    A part of which no head answered has no figures; figures of tasks stand together. The methods are those of the parts.
 
     Attributes:
         parts: of different kinds; the first one says by what models are compared.
@@ -338,23 +445,25 @@ class Metrics:
     parts: Sequence
 
     def __post_init__(self):
-        sections = [p.section for p in self.parts]
-        if not sections or len(set(sections)) < len(sections):
-            raise DeclarationError(f"metrics are joined of parts of different kinds, one at least, not of {sections}")
+        kinds = [type(p).__name__ for p in self.parts]
+        if not kinds or len(set(kinds)) < len(kinds):
+            raise DeclarationError(f"metrics are joined of parts of different kinds, one at least, not of {kinds}")
 
     def update(self, outputs: Outputs, batch: Batch) -> dict:
         answered = [p for p in self.parts if any(h.name in outputs.logits for h in p.heads)]
-        return {p.section: p.update(outputs, batch) for p in answered}
+        return {type(p).__name__: p.update(outputs, batch) for p in answered}
 
     def compute(self, sums: Mapping, full: bool = False) -> dict:
         result: dict = {}
         for part in self.parts:
-            if part.section in sums:
-                result |= part.compute(sums[part.section], full)
+            if (own := sums.get(type(part).__name__)) is not None:
+                figures = part.compute(own, full)
+                tasks = result.get("tasks", {}) | figures.get("tasks", {})
+                result |= figures | ({"tasks": tasks} if tasks else {})
         return result
 
     def _answered(self, figures: Mapping) -> list:
-        return [p for p in self.parts if p.section in figures]
+        return [p for p in self.parts if p.answered(figures)]
 
     def scalars(self, figures: Mapping) -> dict[str, float]:
         return {k: v for p in self._answered(figures) for k, v in p.scalars(figures).items()}

@@ -19,7 +19,7 @@ from mgjax.granularity import (
     Task,
     check_declarations,
 )
-from mgjax.heads import HEADS
+from mgjax.heads import head_of
 from mgjax.views import apply_view
 
 
@@ -75,7 +75,7 @@ class MultiGranularityModel(nn.Module):
         if self.fusion is None and (wants := [h.name for h in self.heads if FUSED in h.sources]):
             raise DeclarationError(f"heads {wants} read '{FUSED}', but the model has no fusion")
         task = {t.name: t for t in self.tasks}
-        self.head = {h.name: HEADS[task[h.task].kind](task[h.task].classes, dropout=self.dropout) for h in self.heads}
+        self.head = {h.name: head_of(task[h.task], self.dropout) for h in self.heads}
 
     @property
     def everything(self) -> OperatingPoint:

@@ -17,7 +17,7 @@ from mgjax.config import key
 from mgjax.contracts import Array, Batch, Outputs
 from mgjax.decode import lift
 from mgjax.granularity import FUSED, DeclarationError, Granularity, Head, Task
-from mgjax.losses import classification_loss, distillation, soft_targets, squared_error, weighted_mean
+from mgjax.losses import classification_loss, distillation, multilabel_loss, soft_targets, squared_error, weighted_mean
 from mgjax.taxonomy import Taxonomy
 
 LEAST, MOST = 0.1, 10.0  # weights of examples by their loss
@@ -305,7 +305,9 @@ class Objective:
         losses, weights = [], []
         for targets, part in sides:
             if task.kind == "regression":
-                loss, known = squared_error(logits, targets[task.target])
+                loss, known = squared_error(logits / task.spread, targets[task.target] / task.spread)
+            elif task.kind == "multilabel":
+                loss, known = multilabel_loss(logits, targets[task.target])
             else:
                 loss, known = classification_loss(
                     logits, self._labels(task, targets), self._targets(task), taxonomy=self._tree(task), level=task.level

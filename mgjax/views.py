@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 
 from mgjax import ops
-from mgjax.granularity import Compose, Denoise, Grey, Identity, Region, Resize, View
+from mgjax.granularity import Columns, Compose, Denoise, Encoded, Grey, Identity, Region, Resize, View
 from mgjax.ops import color
 
 _FULL = Resize(1.0)
@@ -24,7 +24,7 @@ def apply_view(inputs: dict, view: View, resolution: float = 1.0):
         inputs: `Batch.inputs`; images are floating [B, H, W, C], already normalised. Anything
             else passes as it is, and only `Identity` fits it.
         view: the granularity's view.
-        resolution: further factor on an image's size (`OperatingPoint.resolution`). It is taken
+        resolution: further factor on an image's size; what is no image has one size (`OperatingPoint.resolution`). It is taken
             last: by the view's last step if that is a `Resize`, else by a step of its own.
 
     Returns:
@@ -38,6 +38,12 @@ def apply_view(inputs: dict, view: View, resolution: float = 1.0):
         >>> apply_view({"image": jnp.ones((2, 32, 32, 3))}, near, resolution=0.5).shape
         (2, 8, 8, 3)
     """
+    if isinstance(view, Columns):
+        return {kind: inputs[f"{view.key}/{kind}"] for kind in ("numbers", "categories")}
+    if isinstance(view, Encoded):
+        if view.key not in inputs:
+            raise ValueError(f"{view} needs the input '{view.key}'; the batch has {sorted(inputs)}")
+        return inputs[view.key]
     steps = [s for s in (view.views if isinstance(view, Compose) else (view,)) if s != Identity()]
     if "image" not in inputs:
         if resolution != 1 or any(s != _FULL for s in steps):

@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import precision_recall_fscore_support, top_k_accuracy_score
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    precision_recall_fscore_support,
+    top_k_accuracy_score,
+)
 
 from mgjax import Batch, Head, Outputs, Task, Taxonomy
 from mgjax.decode import METHODS, decode, task_log_probs
-from mgjax.metrics import BINS, ClassificationMetrics
+from mgjax.losses import multilabel_loss
+from mgjax.metrics import BINS, ClassificationMetrics, MultiLabelMetrics
 from tests.test_taxonomy import forests
 
 
@@ -219,3 +226,50 @@ def test_heads_that_share_a_task_are_reported_each(evaluated):
     right = np.asarray(logits[level]).argmax(-1) == labels[level]
     assert figures["heads"]["one"]["accuracy"] == pytest.approx(right.mean())
     assert figures["heads"]["two"]["accuracy"] < right.mean()
+
+
+def labelled(rng, n=400, classes=5):
+    """Answers of two heads and the labels of n examples, of which each may have any number; the last label never occurs."""
+    truth = (rng.random((n, classes)) < 0.3).astype(np.float32) * (np.arange(classes) < classes - 1)
+    said = {h: jnp.asarray(rng.normal(size=(n, classes)) + 1.5 * truth - 0.7, jnp.float32) for h in ("a", "b")}
+    task = Task("tags", "tags", classes, kind="multilabel")
+    return MultiLabelMetrics([task], [Head("tags", {"g": "grad"}, h) for h in ("a", "b")]), said, truth
+
+
+def test_figures_of_several_labels_are_scikit_learns(rng):
+    metrics, said, truth = labelled(rng)
+    share = np.mean([1 / (1 + np.exp(-np.asarray(z, np.float64))) for z in said.values()], 0)
+    mask = np.arange(len(truth)) < 350
+    sums = {}
+    for rows in (slice(0, 100), slice(100, 400)):  # batches add up
+        batch = Batch({}, {"tags": jnp.asarray(truth[rows])}, jnp.asarray(mask[rows]), jnp.arange(400)[rows])
+        part = jax.jit(metrics.update)(Outputs({h: z[rows] for h, z in said.items()}), batch)
+        sums = jax.tree.map(jnp.add, sums, part) if sums else part
+    figures = metrics.compute(sums)["tasks"]["tags"]
+    truth, share = truth[:350], share[:350]
+    answer = share >= 0.5
+    assert figures["f1_micro"] == pytest.approx(f1_score(truth, answer, average="micro"))
+    occurs = (truth + answer).sum(0) > 0
+    assert figures["f1_macro"] == pytest.approx(np.mean(f1_score(truth, answer, average=None, zero_division=0)[occurs]))
+    assert figures["exact"] == pytest.approx(accuracy_score(truth, answer))
+    expected = np.mean([average_precision_score(truth[:, c], share[:, c]) for c in range(4)])
+    assert figures["map"] == pytest.approx(expected, abs=0.01)  # of a histogram
+    assert metrics.names == ("tags/f1_micro", "tags/f1_macro", "tags/exact", "tags/map") and metrics.main == "tags/map"
+
+
+def test_labels_that_are_not_known_count_for_nothing(rng):
+    metrics, said, truth = labelled(rng)
+    unknown = truth.copy()
+    unknown[::2], unknown[1, 0] = np.nan, np.nan
+    logits = said["a"].at[::2].set(np.nan)
+    loss, known = multilabel_loss(logits, jnp.asarray(unknown))
+    assert known.tolist() == [i % 2 == 1 for i in range(400)] and float(loss[0]) == 0
+    z, y = np.asarray(said["a"][1, 1:], np.float64), truth[1, 1:]
+    assert float(loss[1]) == pytest.approx(np.mean(np.log1p(np.exp(z)) - y * z), rel=1e-5)
+    grad = jax.grad(lambda z: multilabel_loss(z, jnp.asarray(unknown))[0].sum())(logits)
+    assert jnp.isfinite(grad).all() and (grad[::2] == 0).all()
+    every = jnp.ones(400, bool)
+    some = metrics.update(Outputs(said), Batch({}, {"tags": jnp.asarray(unknown)}, every, jnp.arange(400)))
+    rest = Batch({}, {"tags": jnp.asarray(truth[3::2])}, every[3::2], jnp.arange(199))
+    odd = metrics.update(Outputs({h: z[3::2] for h, z in said.items()}), rest)
+    assert float(some["tasks"]["tags"]["count"]) == float(odd["tasks"]["tags"]["count"]) == 199

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cifar_mg, common, digits_mg, imagenet_mg
-from experiments.vision import FORMS, PLANS, branch_of, build_model, build_plan, points_of, taps_of
+from experiments import cifar_mg, common, digits_mg, imagenet_mg, vision
+from experiments.plans import PLANS, build_plan, points_of
+from experiments.vision import FORMS, branch_of, build_model, taps_of
 from mgjax import Taxonomy
 from mgjax import config as cfg
 from mgjax.branches import NAMED_BRANCHES
@@ -266,7 +267,7 @@ def test_digits_shrunk(preset, tmp_path):
     config = digits(preset=preset, **small | {"plan.batch_size": 16, "plan.eval_batch_size": 40})
     assert config.data.source == "sklearn:digits"
     facts, examples = digits_mg.train(config, tmp_path, {})
-    assert facts["test"]["examples"] == 200 and len(examples) == common.EXAMPLES
+    assert facts["test"]["examples"] == 200 and len(examples) == vision.EXAMPLES
     assert [s["name"] for s in facts["stages"]] == (["local", "global", "joint"] if preset == "fused" else ["early", "joint"])
     assert set(examples[0].answer) == {"class"} and 0 < examples[0].probability["class"] <= 1
 

@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import ablation, compare
+from mgjax import config as cfg
 from tests.test_experiments import SMALL, command, finish, small_images
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.DOTALL)
 LINES = [line.partition("#")[0].strip() for kind, body in BLOCKS if kind == "bash" for line in body.splitlines()]
-COMMANDS = [line for line in LINES if re.match(r"python -m experiments\.\w+_mg", line)]
+RUNS = [line for line in LINES if re.match(r"python -m experiments\.\w+_mg", line)]
+COMMANDS = [line for line in RUNS if "--predict" not in line]
 SNIPPETS = [body for kind, body in BLOCKS if kind == "python"]
 
 
@@ -43,13 +45,36 @@ def test_a_command_of_the_readme(line, tmp_path, request):
     if "PATH" in line:
         images = small_images(tmp_path / "images")
         arguments = [a.replace("=folder:PATH", f"=folder:{images}") for a in arguments]
+    if "trec:TREC" in line:
+        folder = request.getfixturevalue("shared_data") / "trec"
+        arguments = [a.replace("=trec:TREC", f"=trec:{folder}") for a in arguments]
+    if "FILE.csv" in line:
+        arguments = [a.replace("=csv:FILE.csv", f"=csv:{small_texts(tmp_path / 'texts.csv')}") for a in arguments]
     # The test's own workdir, and then its own, smaller sizes.
     arguments = [a for a in arguments if not a.startswith("--workdir")]
     devices = 2 if "mesh.fsdp=2" in line else 1
     # All stages in the first command; every other compiles the joint one alone.
     fewer = [] if line == COMMANDS[0] else ["--config.plan.alone=0"]
-    said, code = finish(command(*arguments, *SMALL, *fewer, f"--workdir={tmp_path / 'W'}", module=module, devices=devices))
+    known = cfg.leaves(importlib.import_module(module).Config())
+    small = [a for a in SMALL if a.removeprefix("--config.").partition("=")[0] in known]
+    if module == "experiments.text_mg":  # there widths are single numbers
+        small = [*small, "--config.model.width=8", "--config.model.embedding=8"]
+    said, code = finish(command(*arguments, *small, *fewer, f"--workdir={tmp_path / 'W'}", module=module, devices=devices))
     assert code == 0 and (tmp_path / "W" / "summary.json").exists(), said
+    if "trec:TREC" in line:  # what it learned is then asked
+        (asked,) = [r for r in RUNS if "--predict" in r]
+        arguments = [a for a in shlex.split(asked)[3:] if not a.startswith("--workdir")]
+        said, code = finish(command(f"--workdir={tmp_path / 'W'}", *arguments, module=module))
+        assert code == 0 and re.search(r"^Who wrote Hamlet\?: [A-Z]+ \d+\.\d% › [A-Z]+:\w+ \d", said, re.MULTILINE), said
+        assert "How far is it to the moon?: " in said
+        said, code = finish(command(f"--workdir={tmp_path / 'W'}", "--predict", "x", "--config.seed=1", module=module))
+        assert code == 2 and "error: a trained model keeps its config: leave out --config.seed" in said
+
+
+def small_texts(path):
+    rows = [f"what is {i},{'ab'[i % 2]},{'ab'[i % 2]}{i % 4}" for i in range(96)]
+    path.write_text("\n".join(["text,kind,sort", *rows]) + "\n")
+    return path
 
 
 def test_runs_are_compared_as_the_readme_says(monkeypatch, capsys):

@@ -16,7 +16,7 @@ from mgjax.contracts import FeatureInfo, Features
 from mgjax.data import ArraySource, eval_batches, train_batches
 from mgjax.errors import InputError
 from mgjax.granularity import DeclarationError
-from mgjax.heads import HEADS, ClassificationHead, RegressionHead
+from mgjax.heads import ClassificationHead, RegressionHead, head_of
 from mgjax.losses import squared_error
 from mgjax.metrics import ClassificationMetrics, Metrics, RegressionMetrics
 from mgjax.objective import Objective
@@ -70,9 +70,13 @@ def features(dtype=jnp.float32):
 
 
 def test_every_head_is_made_alike():
-    assert HEADS == {"classification": ClassificationHead, "regression": RegressionHead}
-    for head in HEADS.values():
-        module = head(6, dropout=0.5)
+    for kind, head in (
+        ("classification", ClassificationHead),
+        ("multilabel", ClassificationHead),
+        ("regression", RegressionHead),
+    ):
+        module = head_of(Task("t", "t", 6, kind=kind), 0.5)
+        assert isinstance(module, head)
         variables = module.init(jax.random.key(0), features())
         assert module.apply(variables, features()).shape == (4, 6)
         train = lambda seed, m=module, v=variables: m.apply(v, features(), train=True, rngs={"dropout": jax.random.key(seed)})
@@ -92,6 +96,25 @@ def test_a_regression_is_linear_in_all_that_is_read():
             np.testing.assert_allclose(jacobian[source].vector[row, :, row], kernel.T, rtol=1e-6)
     # It is the linear map that a classifier has.
     np.testing.assert_array_equal(got, ClassificationHead(2).apply(variables, features()))
+
+
+def test_predictions_lie_about_a_center_and_within_bounds():
+    plain = RegressionHead(2)
+    variables = plain.init(jax.random.key(0), features())
+    said = plain.apply(variables, features())
+    head = head_of(Task("t", "t", 2, kind="regression", center=3.0, spread=4.0, bounds=(2.0, 5.0)))
+    np.testing.assert_allclose(head.apply(variables, features(), train=True), 3 + 4 * said, rtol=1e-5)
+    np.testing.assert_allclose(head.apply(variables, features()), np.clip(3 + 4 * said, 2, 5), rtol=1e-5)
+    for wrong in ({"spread": 0.0}, {"bounds": (2.0, 2.0)}):
+        with pytest.raises(DeclarationError, match="task 't'"):
+            Task("t", "t", 2, kind="regression", **wrong)
+
+
+def test_errors_count_in_units_of_the_spread():
+    batch = Batch({}, {"t": jnp.array([8.0, -2.0])}, jnp.ones(2, bool), jnp.arange(2))
+    task = Task("t", "t", 1, kind="regression", spread=5.0)
+    loss, _ = Objective([task], [Head("t", {"g": "grad"})])(Outputs({"t": jnp.array([[3.0], [-2.0]])}), batch)
+    assert float(loss) == pytest.approx(0.5 * (0.5 * 1.0 + 0.0))
 
 
 def test_an_absent_source_cannot_alter_a_prediction():

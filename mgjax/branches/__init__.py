@@ -13,12 +13,14 @@ from collections.abc import Callable
 
 from mgjax.branches import convnext, mobilenet, resnet, vgg, vit, xception
 from mgjax.branches.base import Branch
+from mgjax.branches.columns import TableNet
 from mgjax.branches.convnet import ConvNet
 from mgjax.branches.convnext import ConvNeXt
 from mgjax.branches.mlp import MLP
 from mgjax.branches.mobilenet import MobileNetV1, MobileNetV2
 from mgjax.branches.resnet import ResNet
 from mgjax.branches.separable import SeparableNet
+from mgjax.branches.text import TextConv, TextTransformer, TokenMean
 from mgjax.branches.vgg import VGG
 from mgjax.branches.vit import ViT
 from mgjax.branches.xception import Xception
@@ -48,6 +50,10 @@ __all__ = [
     "MobileNetV2",
     "ResNet",
     "SeparableNet",
+    "TableNet",
+    "TextConv",
+    "TextTransformer",
+    "TokenMean",
     "ViT",
     "Xception",
 ]

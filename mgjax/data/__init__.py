@@ -2,11 +2,11 @@
 
 from mgjax.data.augment import Augment, AugmentConfig
 from mgjax.data.crops import Crop
-from mgjax.data.datasets import DataConfig, Dataset, load_dataset
+from mgjax.data.datasets import DataConfig, ImageDataset, load_dataset
 from mgjax.data.images import DecodeError
 from mgjax.data.partition import membership
 from mgjax.data.pipeline import eval_batches, train_batches
-from mgjax.data.sources import ArraySource, DataError, EncodedSource, FileSource, Source, Subset
+from mgjax.data.sources import ArraySource, DataError, Dataset, EncodedSource, FileSource, Source, Subset
 
 __all__ = [
     "ArraySource",
@@ -19,6 +19,7 @@ __all__ = [
     "DecodeError",
     "EncodedSource",
     "FileSource",
+    "ImageDataset",
     "Source",
     "Subset",
     "eval_batches",

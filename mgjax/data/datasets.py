@@ -1,4 +1,4 @@
-"""Datasets by name: their splits, ready to be read, and their taxonomy."""
+"""Datasets of images by name: their splits, ready to be read, and their taxonomy."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mgjax.data.labels import class_taxonomy
 from mgjax.data.sources import (
     ArraySource,
     DataError,
+    Dataset,
     EncodedSource,
     Source,
     Subset,
@@ -28,7 +29,6 @@ from mgjax.data.sources import (
 )
 from mgjax.data.table_source import load_table
 from mgjax.data.tfds_source import load_tfds
-from mgjax.taxonomy import Taxonomy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,29 +72,27 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Splits of a dataset and the taxonomy of their labels.
+class ImageDataset(Dataset):
+    """Images, and what they are normalised by.
 
     Attributes:
-        name: as in `DataConfig.source`.
-        train, validation, test: sources. Validation chooses; test is read once, at the end. Labels that
-            `DataConfig.labelled` takes away are missing in train alone.
-        taxonomy: of the labels; every level is a key of the examples.
         image_shape: (height, width, channels).
         mean, std: per channel, of uint8 images, from a sample of train.
     """
 
-    name: str
-    train: Source
-    validation: Source
-    test: Source
-    taxonomy: Taxonomy
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    image_shape: tuple[int, int, int] = (0, 0, 0)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    @property
+    def what(self) -> str:
+        return f"images {self.image_shape}"
+
+    def record(self) -> dict:
+        return super().record() | {k: list(getattr(self, k)) for k in ("image_shape", "mean", "std")}
 
 
-def load_dataset(config: DataConfig) -> Dataset:
+def load_dataset(config: DataConfig) -> ImageDataset:
     """Loads a dataset by its name.
 
     Raises:
@@ -157,7 +155,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         raise DataError(f"{sources['train'].name}: none of the first images decodes")
     drop = config.unlabelled == "drop"
     sources["train"] = partly_labelled(sources["train"], taxonomy.levels[-1], config.labelled, config.seed, drop)
-    return Dataset(
+    return ImageDataset(
         config.source,
         **sources,
         taxonomy=taxonomy,

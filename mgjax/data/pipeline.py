@@ -4,6 +4,7 @@ pass for evaluation. One integer, the number of examples seen, is the whole posi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -28,8 +29,8 @@ def _local_rows(batch_size: int, process: int, processes: int) -> slice:
 def _assemble(
     source: Source,
     indices: np.ndarray,
-    taxonomy: Taxonomy,
-    targets: tuple[str, ...],
+    taxonomy: Taxonomy | None,
+    keys: Keys,
     rows: int,
     windows: Windows | None = None,
     weights: Mapping[str, np.ndarray] | None = None,
@@ -39,7 +40,8 @@ def _assemble(
     # A process whose part of the last batch is all padding still needs an example for its shapes.
     positions = np.concatenate([indices, np.full(padding, indices[0] if len(indices) else 0, indices.dtype)])
     example = source.take(positions) if windows is None else source.take(positions, windows)
-    for level in taxonomy.levels:
+    levels = taxonomy.levels if taxonomy else ()
+    for level in levels:
         taxonomy.check(example[level], level, f" of the batch at {source.name} {positions[:3].tolist()}…")
     real = np.arange(rows) < len(indices)
     valid = real & example["valid"]
@@ -47,25 +49,37 @@ def _assemble(
         # Masked rows show a valid example again, so that batch statistics see no blank image.
         shown = np.where(valid, np.arange(rows), np.argmax(valid))
         example = {key: value[shown] for key, value in example.items()}
-    labels = {l: np.where(valid, example[l], -1).astype(np.int32) for l in taxonomy.levels}
+    labels = {l: np.where(valid, example[l], -1).astype(np.int32) for l in levels}
     return Batch(
-        inputs={"image": example["image"]},
-        targets=labels | {t: example[t] for t in targets},
+        inputs={key: example[key] for key in keys.inputs},
+        targets=labels | {t: example[t] for t in keys.targets},
         mask=valid,
         index=np.where(real, positions, -1).astype(np.int32),
+        present={name: example[f"present/{name}"] for name in keys.present},
         weights={name: np.where(valid, table[positions], np.float32(0)) for name, table in (weights or {}).items()},
     )
 
 
+class Keys(NamedTuple):
+    """Which keys of an example go into `Batch.inputs` and, beside the levels, `Batch.targets`; and granularities of which
+    the key `present/NAME` says whether the example has them."""
+
+    inputs: tuple[str, ...]
+    targets: tuple[str, ...]
+    present: tuple[str, ...]
+
+
 def train_batches(
     source: Source,
-    taxonomy: Taxonomy,
+    taxonomy: Taxonomy | None,
     *,
     batch_size: int,
     seed: int,
     examples_seen: int,
     steps: int,
+    inputs: tuple[str, ...] = ("image",),
     targets: tuple[str, ...] = (),
+    present: tuple[str, ...] = (),
     process: int = 0,
     processes: int = 1,
     workers: int = 0,
@@ -78,8 +92,11 @@ def train_batches(
     batch size, process count or workers, so all may change at any position.
 
     Args:
+        taxonomy: its levels are targets; None where there are no levels.
         batch_size: rows of the global batch, over all processes.
-        targets: further keys of the examples that go into `Batch.targets`, such as "box".
+        inputs: keys of the examples that go into `Batch.inputs`.
+        targets: further keys that go into `Batch.targets`, such as "box".
+        present: granularities that not all examples have: bool under the key `present/NAME`.
         process, processes: this process takes its part of every global batch.
         workers: processes that read ahead; 0 = threads of this one. Each takes whole batches in turn, and some
             seconds to start. Of examples in memory there is nothing to read: they are taken here.
@@ -103,7 +120,7 @@ def train_batches(
         raise DataError(
             f"{source.name}: only images that are decoded one by one can be cut on the host: set --config.data.crop=device"
         )
-    order = shuffled(len(source), seed)
+    order, keys = shuffled(len(source), seed), Keys(inputs, targets, present)
     weights = {name: np.asarray(table, np.float32) for name, table in (weights or {}).items()}
     for name, table in weights.items():
         if table.shape != (len(source),):
@@ -117,17 +134,19 @@ def train_batches(
         start = examples_seen + step * batch_size + rows.start
         count = rows.stop - rows.start
         windows = crop.draw(start, count) if crop else None
-        return _assemble(source, order.take(start, start + count), taxonomy, targets, count, windows, weights)
+        return _assemble(source, order.take(start, start + count), taxonomy, keys, count, windows, weights)
 
     return _read(load, steps, source, workers)
 
 
 def eval_batches(
     source: Source,
-    taxonomy: Taxonomy,
+    taxonomy: Taxonomy | None,
     *,
     batch_size: int,
+    inputs: tuple[str, ...] = ("image",),
     targets: tuple[str, ...] = (),
+    present: tuple[str, ...] = (),
     process: int = 0,
     processes: int = 1,
     workers: int = 0,
@@ -136,12 +155,12 @@ def eval_batches(
 
     Arguments and errors are those of `train_batches`.
     """
-    rows = _local_rows(batch_size, process, processes)
+    rows, keys = _local_rows(batch_size, process, processes), Keys(inputs, targets, present)
 
     def load(step: int) -> Batch:
         start = step * batch_size
         indices = np.arange(start + rows.start, max(start + rows.start, min(start + rows.stop, len(source))))
-        return _assemble(source, indices, taxonomy, targets, rows.stop - rows.start)
+        return _assemble(source, indices, taxonomy, keys, rows.stop - rows.start)
 
     return _read(load, -(-len(source) // batch_size), source, workers)
 
@@ -152,3 +171,15 @@ def _read(load: Callable[[int], Batch], steps: int, source: Source, workers: int
     if workers and not isinstance(base_of(source), ArraySource):
         return read_in_processes(batches, min(workers, steps))
     return iter(batches.to_iter_dataset(_READ))
+
+
+class Plain:
+    """No augmentation: of examples that the data have made ready."""
+
+    def __call__(self, batch: Batch, rng, strength: float = 1.0, pieces: int = 1) -> Batch:
+        if pieces != 1:
+            raise DataError("only images are cut into pieces: plan.kind=progressive_jigsaw is for them")
+        return batch
+
+    def normalise(self, batch: Batch) -> Batch:
+        return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import logging
@@ -18,7 +19,7 @@ from grain.experimental import index_shuffle
 from mgjax.data.crops import Window, Windows
 from mgjax.data.images import DecodeError, decode_crop, decode_rgb, fit, read_header
 from mgjax.errors import InputError
-from mgjax.taxonomy import UNKNOWN
+from mgjax.taxonomy import UNKNOWN, Taxonomy
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,48 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, indices: np.ndarray) -> dict[str, np.ndarray]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Splits of a dataset and the taxonomy of their labels.
+
+    Attributes:
+        name: as its loader was told.
+        train, validation, test: sources. Validation chooses; test is read once, at the end.
+        taxonomy: of the labels, every level of which is a key of the examples; None where there are none.
+        inputs: keys of the examples that branches see.
+        targets: keys that tasks are about, beside the levels.
+        present: granularities that not all examples have: the key `present/NAME` says which.
+    """
+
+    name: str
+    train: Source
+    validation: Source
+    test: Source
+    taxonomy: Taxonomy | None = None
+    inputs: tuple[str, ...] = ("image",)
+    targets: tuple[str, ...] = ()
+    present: tuple[str, ...] = ()
+
+    @property
+    def what(self) -> str:
+        """The examples, in a word or two."""
+        return "examples"
+
+    def record(self) -> dict:
+        """What must be known to make new examples like these, ready for JSON; the taxonomy apart."""
+        return {"inputs": list(self.inputs), "targets": list(self.targets)}
+
+    def describe(self) -> str:
+        """One line: how many, of what, with which labels."""
+        counts = ", ".join(f"{len(getattr(self, split)):,} {name}" for split, name in _SPLITS.items())
+        levels = [f"{l} ({self.taxonomy.size(l)})" for l in self.taxonomy.levels] if self.taxonomy else []
+        about = [f"levels {', '.join(levels)}"] * bool(levels) + [f"targets {', '.join(self.targets)}"] * bool(self.targets)
+        return f"{self.name}: {counts} {self.what}; {'; '.join(about)}"
+
+
+_SPLITS = {"train": "training", "validation": "validation", "test": "test"}
 
 
 class ArraySource:
@@ -338,6 +381,59 @@ def split(source: Source, count: int, seed: int = 0, name: str = "validation") -
         Subset(source, np.flatnonzero(~chosen), source.name),
         Subset(source, np.flatnonzero(chosen), f"{source.name} ({name})"),
     )
+
+
+def split_rows(
+    name: str,
+    given: Sequence[str],
+    *,
+    test: float,
+    validation: float,
+    folds: int = 0,
+    fold: int = 1,
+    seed: int = 0,
+    limit: int = 0,
+) -> dict[str, list[int]]:
+    """Split → rows of a table, each in the order of the table.
+
+    Args:
+        name: for messages.
+        given: split of each row: "train", "validation" or "test".
+        test, validation: shares of train that are split off where the table has no such split.
+        folds, fold: the test is the `fold`-th of so many parts of train, and what the table calls test is left out; 0: none.
+        seed: of what is drawn.
+        limit: no more rows of each split; 0: all.
+
+    Raises:
+        DataError: a fold or share that does not exist, an empty split.
+
+    Example:
+        >>> {s: len(rows) for s, rows in split_rows("toy", ["train"] * 10, test=0.2, validation=0.25).items()}
+        {'train': 6, 'test': 2, 'validation': 2}
+    """
+    rows = {s: [i for i, of in enumerate(given) if of == s] for s in ("train", "validation", "test")}
+    rows = {s: at for s, at in rows.items() if at}
+    if "train" not in rows:
+        raise DataError(f"{name}: no example is of the split train")
+
+    def share(of: float, what: str) -> None:
+        if not 0 < of < 1:
+            raise DataError(f"{name}: data.{what} is a share in (0, 1), not {of}")
+        whole = rows["train"]
+        rest, chosen = split(ArraySource({"row": np.array(whole)}, name), max(1, round(of * len(whole))), seed, what)
+        rows["train"], rows[what] = [whole[i] for i in rest.indices], [whole[i] for i in chosen.indices]
+
+    if folds:
+        if not (1 < folds <= len(rows["train"]) and 1 <= fold <= folds):
+            raise DataError(f"{name}: data.fold={fold} of data.folds={folds}: two folds or more, and one of them")
+        order = shuffled(len(rows["train"]), seed)
+        of = {rows["train"][order[i]]: i % folds for i in range(len(rows["train"]))}
+        rows["train"], rows["test"] = (sorted(i for i, f in of.items() if (f == fold - 1) is own) for own in (False, True))
+    elif "test" not in rows:
+        share(test, "test")
+    if "validation" not in rows:
+        share(validation, "validation")
+    return {s: at[:limit] if limit else at for s, at in rows.items()}
 
 
 def partly_labelled(source: Source, level: str, share: float, seed: int, drop: bool = False) -> Source:

@@ -44,7 +44,7 @@ def load_table(
         TaxonomyError: as `class_taxonomy` and `path_taxonomy`.
     """
     path, name = pathlib.Path(file).expanduser(), f"csv:{file}"
-    header, rows = _read(path, name)
+    header, rows = read_csv(path, name)
     column = next((c for c in PATHS if c in header), None)
     if column is None:
         raise DataError(f"{name}: no column 'path' (or 'image') among {', '.join(header)}")
@@ -80,7 +80,7 @@ def load_table(
     if "train" not in images:
         raise DataError(f"{name}: no row is of the split train")
 
-    paths = _label_paths(rows, columns, name)
+    paths = label_paths(rows, columns, name)
     if len(columns) == 1:
         names = sorted({p[0] for p in paths if p})
         if not names:
@@ -110,7 +110,7 @@ def load_table(
     return with_test(sources, test, seed), tree
 
 
-def _read(path: pathlib.Path, name: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+def read_csv(path: pathlib.Path, name: str) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """(header, [(line, column → cell)])."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -137,7 +137,7 @@ def _read(path: pathlib.Path, name: str) -> tuple[list[str], list[tuple[int, dic
     return header, rows
 
 
-def _label_paths(rows: Sequence[tuple[int, dict[str, str]]], columns: Sequence[str], name: str) -> list[tuple[str, ...]]:
+def label_paths(rows: Sequence[tuple[int, dict[str, str]]], columns: Sequence[str], name: str) -> list[tuple[str, ...]]:
     """Labels of each row, coarse to fine, down to the first empty cell; one parent per label."""
     parents: list[dict[str, tuple[str, int]]] = [{} for _ in columns]
     paths = []

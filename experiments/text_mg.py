@@ -1,0 +1,135 @@
+"""Texts at three granularities: characters, words, and the sentence as a bag of n-grams.
+
+    python -m experiments.text_mg --config.data.source=trec:DIR      # questions, 6 → 50 classes
+    python -m experiments.text_mg --config.data.source=csv:FILE      # a column 'text', one per level
+    python -m experiments.text_mg --workdir=W --predict="Who wrote Hamlet?"
+
+Presets (`--config.preset`): `fused`, all three, each with classifiers of its own beside those that read the fusion;
+`characters`, `words`, `sentence`: one alone. Words are read by separable convolutions, by a transformer or by the mean of their
+embeddings (`--config.model.words`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments import common
+from experiments.plans import RunConfig, build_plan, points_of
+from experiments.predict import Seen
+from mgjax.branches import TextConv, TextTransformer, TokenMean
+from mgjax.config import key
+from mgjax.data.text import TextEncoder, TokenDropout
+from mgjax.data.text_source import TextConfig, load_texts
+from mgjax.fusion import FUSIONS
+from mgjax.granularity import FUSED, Characters, Granularity, Head, Sentence, Task, Words
+from mgjax.metrics import ClassificationMetrics, Metrics, MultiLabelMetrics
+from mgjax.model import MultiGranularityModel
+from mgjax.taxonomy import Taxonomy
+
+PRESETS = {"fused": ("characters", "words", "sentence"), "characters": ("characters",), "words": ("words",)}
+PRESETS |= {"sentence": ("sentence",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    characters: int = key(160, "characters that are read of a text", low=1)
+    length: int = key(40, "words that are read of a text", low=1)
+    ngrams: tuple[int, ...] = key((1, 3), "shortest and longest n-gram of words in the sentence's bag", low=1)
+    subwords: tuple[int, ...] = key((3, 5), "shortest and longest n-gram of characters in it (0,0: none)", low=0)
+    buckets: int = key(1 << 14, "into which n-grams are hashed", low=2)
+    words: str = key("conv", "what reads words", choices=("conv", "transformer", "mean"))
+    embedding: int = key(128, "width of characters and words", low=1)
+    width: int = key(128, "of what convolutions see, and of the sentence", low=1)
+    depth: int = key(1, "convolutions of words, or blocks of the transformer", low=1)
+    fusion: str = key("concat", "of the granularities", choices=tuple(FUSIONS))
+    fusion_width: int = key(256, "of the fused vector", low=1)
+    dropout: float = key(0.5, "of the inputs of the heads", low=0, high=0.99)
+    token_dropout: float = key(0.1, "probability that a token is hidden in training", low=0, high=0.9)
+    granularity_dropout: float = key(0.0, "probability that the fusion lacks a granularity", low=0, high=0.99)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    preset: str = key("fused", "what is seen", choices=tuple(PRESETS))
+    data: TextConfig = TextConfig()
+    model: ModelConfig = ModelConfig()
+
+
+RECIPE = {
+    "plan.kind": "joint",
+    "plan.joint": 20.0,
+    "plan.batch_size": 64,
+    "plan.eval_batch_size": 100,
+    "optim.name": "adamw",
+    "optim.learning_rate": 1e-3,
+    "optim.weight_decay": 0.05,
+    "smoothing": 0.1,
+}
+
+
+def views_of(config: ModelConfig) -> dict:
+    sentence = Sentence(tuple(config.ngrams), tuple(config.subwords), config.buckets, 512)
+    return {"characters": Characters(config.characters), "words": Words(config.length), "sentence": sentence}
+
+
+def build_model(config: Config, encoder: TextEncoder, tree: Taxonomy | None, classes: Mapping) -> MultiGranularityModel:
+    preset, config = config.preset, config.model
+    names, views, sizes = PRESETS[preset], views_of(config), encoder.sizes
+    size = lambda name: sizes[views[name].key]
+    wide = (config.width,)
+    make = {
+        "characters": lambda: TextConv(size("characters"), config.embedding, wide * 2, kernel=5),
+        "sentence": lambda: TokenMean(size("sentence"), config.width),
+        "words": lambda: {
+            "conv": lambda: TextConv(size("words"), config.embedding, wide * config.depth),
+            "transformer": lambda: TextTransformer(size("words"), config.length, config.embedding, config.depth),
+            "mean": lambda: TokenMean(size("words"), config.embedding),
+        }[config.words](),
+    }
+    branches = {name: make[name]() for name in names}
+    granularities = [Granularity(n, n, list(branches[n].feature_info)[-1], views[n]) for n in names]
+    tasks = [Task(l, l, tree.size(l), l) for l in tree.levels] if tree else []
+    tasks += [Task(c, c, len(labels), kind="multilabel") for c, labels in classes.items()]
+    heads = [Head(t.name, {n: "grad"}, f"{t.name}_{n}") for n in names for t in tasks]
+    if len(names) > 1:
+        heads += [Head(t.name, {FUSED: "grad"}) for t in tasks]
+    fusion = FUSIONS[config.fusion](config.fusion_width) if len(names) > 1 else None
+    return MultiGranularityModel(
+        granularities, tasks, heads, branches, fusion, config.dropout, granularity_dropout=config.granularity_dropout
+    )
+
+
+def resolve(backend: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The recipe as values of keys, and one line that says what was chosen."""
+    return RECIPE, f"preset {given.get('preset', 'fused')}"
+
+
+def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list]:
+    """From the dataset to the figures of the summary."""
+    views = views_of(config.model)
+    data = load_texts(config.data, [views[name] for name in PRESETS[config.preset]])
+    model = build_model(config, data.encoder, data.taxonomy, data.classes)
+    plan = build_plan(config.plan, model, len(data.train))
+    parts = [ClassificationMetrics(data.taxonomy, model.tasks, model.heads)] if data.taxonomy else []
+    parts += [MultiLabelMetrics(model.tasks, model.heads)] if data.classes else []
+    facts = common.train_model(
+        config, data, model, plan, points_of(model), workdir, meta,
+        augment=TokenDropout(config.model.token_dropout), metrics=Metrics(parts),
+    )  # fmt: skip
+    facts.pop("variables")
+    return facts, []
+
+
+def see(config: Config, record: Mapping, tree: Taxonomy | None, rows: Sequence[Mapping]) -> Seen:
+    """New texts, as the trained model sees them."""
+    views = views_of(config.model)
+    encoder = TextEncoder([views[name] for name in PRESETS[config.preset]], record["vocabularies"])
+    model = build_model(config, encoder, tree, record["classes"])
+    return Seen(model, tree, encoder.encode([row["text"] for row in rows]), record["classes"])
+
+
+if __name__ == "__main__":
+    common.main("text_mg", Config(), resolve, train, [RECIPE], see, "text")

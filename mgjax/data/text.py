@@ -1,0 +1,162 @@
+"""What text branches see: vocabularies learned from the training texts alone, and texts as arrays."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import unicodedata
+import zlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mgjax.contracts import Batch
+from mgjax.data.sources import DataError
+from mgjax.granularity import Characters, Sentence, Words
+
+NONE, UNSEEN = 0, 1  # what no token, and one that training did not show, are encoded as
+TextView = Characters | Words | Sentence
+_BEGIN, _END = "\x02", "\x03"
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+
+
+def tokens(text: str) -> list[str]:
+    """Words and signs, in lower case.
+
+    Example:
+        >>> tokens("Who wrote  Hamlet?")
+        ['who', 'wrote', 'hamlet', '?']
+    """
+    return _TOKEN.findall(normal(text))
+
+
+def normal(text: str) -> str:
+    """One of all forms of the same text (Unicode NFKC), in lower case, with single spaces."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().split())
+
+
+class TextEncoder:
+    """Texts → the arrays that views see.
+
+    Args:
+        views: of the granularities.
+        vocabularies: key of a view → its tokens, in the order of their numbers, which begin at 2.
+
+    Example:
+        >>> encoder = TextEncoder.fit(["who wrote it", "who was it"], [Words(4)])
+        >>> encoder.sizes["words_4_1"], encoder.encode(["who is it", ""])["words_4_1"].tolist()
+        (6, [[3, 1, 2, 0], [0, 0, 0, 0]])
+    """
+
+    def __init__(self, views: Sequence[TextView], vocabularies: Mapping[str, Sequence[str]]):
+        self.views = tuple(dict.fromkeys(views))
+        self.vocabularies = {key: list(v) for key, v in vocabularies.items()}
+        self._at = {key: {token: i + 2 for i, token in enumerate(v)} for key, v in self.vocabularies.items()}
+
+    @classmethod
+    def fit(cls, texts: Sequence[str], views: Sequence[TextView]) -> TextEncoder:
+        """Learns what tokens there are.
+
+        Raises:
+            DataError: texts without a token.
+        """
+        found: dict[str, list[str]] = {}
+        for view in views:
+            if isinstance(view, Sentence):
+                continue
+            split = tokens if isinstance(view, Words) else normal
+            count = collections.Counter(token for text in texts for token in set(split(text)))
+            least = view.least if isinstance(view, Words) else 1
+            # By number, then by name: the same for every order of the texts.
+            found[view.key] = sorted((t for t, n in count.items() if n >= least), key=lambda t: (-count[t], t))
+            if not found[view.key]:
+                raise DataError(
+                    f"no token stands in {least} of the {len(texts)} training texts: there is nothing to learn from"
+                )
+        return cls(views, found)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Key → how many numbers there are, those of no token and of an unseen one included."""
+        return {v.key: v.buckets if isinstance(v, Sentence) else len(self.vocabularies[v.key]) + 2 for v in self.views}
+
+    def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """key → int32 [texts, length]; a text without a token is all 0."""
+        result = {}
+        for view in self.views:
+            rows = np.zeros((len(texts), view.length), np.int32)
+            for row, text in zip(rows, texts):
+                ids = self._ids(view, text)[: view.length]
+                row[: len(ids)] = ids
+            result[view.key] = rows
+        return result
+
+    def cut(self, texts: Sequence[str]) -> dict[str, int]:
+        """key → how many texts are longer than what is read of them."""
+        return {v.key: sum(len(self._ids(v, text)) > v.length for text in texts) for v in self.views}
+
+    def _ids(self, view: TextView, text: str) -> list[int]:
+        if isinstance(view, Sentence):
+            return [zlib.crc32(gram.encode()) % (view.buckets - 1) + 1 for gram in ngrams(text, view.words, view.characters)]
+        at = self._at[view.key]
+        return [at.get(token, UNSEEN) for token in (tokens if isinstance(view, Words) else normal)(text)]
+
+
+def ngrams(text: str, words: tuple[int, int], characters: tuple[int, int]) -> list[str]:
+    """N-grams of words, the ends of the text being words too, then those of characters, the ends of a word being characters.
+
+    Example:
+        >>> [g.replace("\\x02", "<").replace("\\x03", ">") for g in ngrams("to be", (2, 2), (0, 0))]
+        ['w< to', 'wto be', 'wbe >']
+        >>> [g.replace("\\x02", "<").replace("\\x03", ">") for g in ngrams("to", (0, 0), (3, 3))]
+        ['c<to', 'cto>']
+    """
+    parts = tokens(text)
+    if not parts:
+        return []
+    result = []
+    if words[1]:
+        marked = [_BEGIN, *parts, _END]
+        for n in range(words[0], words[1] + 1):
+            grams = [marked[i : i + n] for i in range(len(marked) - n + 1)]
+            result += ["w" + " ".join(gram) for gram in grams if len(gram) > 1 or gram[0] not in (_BEGIN, _END)]
+    if characters[1]:
+        for part in parts:
+            marked = _BEGIN + part + _END
+            for n in range(characters[0], characters[1] + 1):
+                result += ["c" + marked[i : i + n] for i in range(len(marked) - n + 1)]
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenDropout:
+    """In training, hides tokens at random: those of a sequence become unseen ones, those of a bag are left out.
+
+    Attributes:
+        rate: probability that a token is hidden; a stage's strength scales it.
+
+    Example:
+        >>> batch = Batch({"words_3_1": jnp.array([[5, 7, 0]])}, {}, jnp.array([True]), jnp.arange(1))
+        >>> TokenDropout(0.5)(batch, jax.random.key(2)).inputs["words_3_1"].shape
+        (1, 3)
+    """
+
+    rate: float = 0.0
+
+    def __call__(self, batch: Batch, rng: jax.Array, strength: float = 1.0, pieces: int = 1) -> Batch:
+        if pieces != 1:
+            raise DataError("texts are not cut into pieces: plan.kind=progressive_jigsaw is for images")
+        rate = self.rate * strength
+        if not rate:
+            return batch
+        shown = dict(batch.inputs)
+        for i, (key, x) in enumerate(sorted(batch.inputs.items())):
+            hidden = jax.random.bernoulli(jax.random.fold_in(rng, i), rate, x.shape) & (x > UNSEEN)
+            shown[key] = jnp.where(hidden, NONE if key.startswith("sentence") else UNSEEN, x)
+        return batch.replace(inputs=shown)
+
+    def normalise(self, batch: Batch) -> Batch:
+        return batch

@@ -1,0 +1,223 @@
+"""Experiments on what is no image: as they are under eval_shape, shrunk for real steps, and what differs between them."""
+
+import ast
+import difflib
+import importlib
+import json
+import pathlib
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from experiments import common, imagenet_mg, predict, tabular_mg, text_mg, vision
+from experiments.plans import build_plan, points_of
+from mgjax import config as cfg
+from mgjax.config import ConfigError
+from mgjax.data import DataError, eval_batches
+from mgjax.errors import InputError
+from mgjax.train.monitor import write_json
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXPERIMENTS = ("text_mg", "tabular_mg")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Sentences whose first word tells the class, and whose second the coarser one."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(240):
+        fine = i % 4
+        filler = " ".join(f"w{n}" for n in rng.integers(0, 30, 4))
+        rows.append({"text": f"f{fine} c{fine // 2} {filler} {i}", "kind": f"k{fine // 2}", "sort": f"s{fine}"})
+    path = tmp_path_factory.mktemp("texts") / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return f"jsonl:{path}"
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Two columns of numbers and one of categories, some missing; two levels and a number to predict."""
+    rng = np.random.default_rng(0)
+    lines = ["height,weight,colour,family,species,price"]
+    for i in range(240):
+        species = i % 4
+        height, weight = rng.normal(species // 2 * 3, 1), rng.normal(species % 2 * 3, 1)
+        cells = ["" if i % 17 == 0 else f"{height:.3f}", f"{weight:.3f}", "NA" if i % 13 == 0 else "rgb"[species % 3]]
+        lines.append(",".join([*cells, "ab"[species // 2], f"s{species}", f"{100 + 20 * height + 5 * weight:.2f}"]))
+    path = tmp_path_factory.mktemp("table") / "rows.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return f"csv:{path}"
+
+
+SHRUNK = {
+    "text_mg": {"model.embedding": 8, "model.width": 8, "model.fusion_width": 8, "model.buckets": 256, "model.characters": 24},
+    "tabular_mg": {"model.widths": (8,), "model.fusion_width": 8},
+}
+
+
+def run(name, tmp_path, **given):
+    """Trains in this process, and leaves a workdir as a command does."""
+    module = importlib.import_module(f"experiments.{name}")
+    small = {"plan.batch_size": 16, "plan.eval_batch_size": 16, "plan.joint": 15.0, "optim.learning_rate": 0.01} | SHRUNK[name]
+    chosen, _ = module.resolve("cpu", given)
+    config = cfg.override(module.Config(), chosen | small | given)
+    meta = {"experiment": name, "config": json.loads(json.dumps(cfg.to_dict(config)))}
+    write_json(tmp_path / "config.json", meta)
+    facts, _ = module.train(config, tmp_path, meta)
+    common.show({"experiment": name, "dataset": config.data.source, **facts})
+    return facts
+
+
+def traced(model, data, plan):
+    """The shapes of what every operating point answers."""
+    reads = dict(inputs=data.inputs, targets=data.targets, present=data.present)
+    batch = next(eval_batches(data.test, data.taxonomy, batch_size=8, **reads))
+    for op in {s.op for s in plan} | set(points_of(model).values()):
+        made = jax.eval_shape(lambda x, op=op: model.init_with_output(jax.random.key(0), x, op, train=False)[0], batch.inputs)
+        assert made.logits and all(v.shape[0] == 8 for v in made.logits.values())
+
+
+@pytest.mark.parametrize("words", ["conv", "transformer", "mean"])
+@pytest.mark.parametrize("preset", text_mg.PRESETS)
+def test_text_as_it_is_under_eval_shape(preset, words, texts):
+    chosen, _ = text_mg.resolve("cpu", {})
+    given = {"preset": preset, "model.words": words, "data.source": texts}
+    config = cfg.override(text_mg.Config(), chosen | given)
+    views = text_mg.views_of(config.model)
+    data = text_mg.load_texts(config.data, [views[n] for n in text_mg.PRESETS[preset]])
+    model = text_mg.build_model(config, data.encoder, data.taxonomy, data.classes)
+    traced(model, data, build_plan(config.plan, model, len(data.train)))
+
+
+def test_text_learns_what_its_words_tell(texts, tmp_path):
+    facts = run("text_mg", tmp_path, **{"data.source": texts})
+    assert facts["test"]["levels"]["sort"]["accuracy"] > 0.6 and facts["test"]["inconsistency"] == 0
+    assert {p["name"] for p in facts["points"]} == {"characters", "words", "sentence", "all"}
+
+
+def test_what_a_text_is_said_to_be(texts, tmp_path, capsys):
+    """As many answers as examples, a path with a probability at every level; alone, from a file and to a file the same."""
+    run("text_mg", tmp_path, **{"data.source": texts})
+    ask = lambda examples=(), source="", output="": predict.answer(
+        text_mg.Config(), text_mg.see, "text", tmp_path, examples, source, output
+    )
+    capsys.readouterr()
+    said = ask(["f0 c0 w1 w2", "f3 c1 w5", ""])
+    assert [row["sort"] for row in said[:2]] == ["s0", "s3"]
+    assert all(int(row["kind"][1]) == int(row["sort"][1]) // 2 for row in said)
+    assert all(0 < row["sort_probability"] <= row["kind_probability"] <= 1 for row in said)
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 3 and shown[0].startswith("f0 c0 w1 w2: k0 ") and " › s0 " in shown[0]
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": row["text"], "id": i}) for i, row in enumerate(said)))
+    for suffix in ("csv", "jsonl"):
+        ask(source=str(tmp_path / "in.jsonl"), output=str(tmp_path / f"out.{suffix}"))
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row | {"id": i} for i, row in enumerate(said)] == written
+    again = ask(source=str(tmp_path / "out.csv"))
+    assert [row["sort"] for row in again] == [row["sort"] for row in said]
+    for arguments, says in (
+        ({}, "nothing to predict"),
+        ({"source": str(tmp_path / "no.csv")}, "cannot be read"),
+        ({"source": str(tmp_path / "config.json")}, r"read from .csv or .jsonl"),
+        ({"examples": ["a"], "output": "x.txt"}, "written as .csv or .jsonl"),
+    ):
+        with pytest.raises(InputError, match=says):
+            ask(**arguments)
+    with pytest.raises(InputError, match="not the workdir of a trained model"):
+        predict.answer(text_mg.Config(), text_mg.see, "text", tmp_path / "none", ["a"], "", "")
+
+
+def test_texts_with_any_number_of_labels(tmp_path):
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(240):
+        tags = [t for t in ("red", "big", "old") if rng.random() < 0.4]
+        rows.append({"text": " ".join(["the", *tags, f"w{rng.integers(9)}"]), "tags": tags})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"data.source": f"jsonl:{tmp_path / 'rows.jsonl'}", "data.several": ("tags",), "plan.joint": 20.0}
+    facts = run("text_mg", tmp_path, preset="words", **given)
+    assert facts["test"]["tasks"]["tags"]["map"] > 0.8 and "levels" not in facts["test"]
+    said = predict.answer(text_mg.Config(), text_mg.see, "text", tmp_path, ["the red w1", "the w2"], "", "")
+    assert set(said[0]["tags"]) >= {"red"} and all(0.5 <= p <= 1 for row in said for p in row["tags"].values())
+
+
+def test_what_an_image_is_said_to_be(tmp_path):
+    """A test image, from its file, gets the answer of the test."""
+    chosen, _ = imagenet_mg.resolve("cpu", {})
+    small = {"model.widths": (4, 8, 8), "model.blocks": (1, 1, 1), "data.limit": 48}
+    small |= {"plan.batch_size": 16, "plan.max_steps": 2}
+    config = cfg.override(imagenet_mg.Config(), chosen | small | {"plan.eval_batch_size": 48, "preset": "flat"})
+    meta = {"experiment": "imagenet_mg", "config": json.loads(json.dumps(cfg.to_dict(config)))}
+    write_json(tmp_path / "config.json", meta)
+    _, examples = imagenet_mg.train(config, tmp_path, meta)
+    for i, example in enumerate(examples[:3]):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), example.image[..., ::-1])
+    see = vision.see(vision.FORMS)
+    said = predict.answer(imagenet_mg.Config(), see, "path", tmp_path, [str(tmp_path / f"{i}.png") for i in range(3)], "", "")
+    assert [[row[l] for l in examples[0].answer] for row in said] == [list(e.answer.values()) for e in examples[:3]]
+    for row, example in zip(said, examples):
+        assert row["texture_probability"] == pytest.approx(example.probability["texture"], abs=1e-4)
+    with pytest.raises(InputError, match="cannot be read"):
+        predict.answer(imagenet_mg.Config(), see, "path", tmp_path, [str(tmp_path / "no.png")], "", "")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="does not decode"):
+        predict.answer(imagenet_mg.Config(), see, "path", tmp_path, [str(tmp_path / "bad.png")], "", "")
+
+
+def test_text_in_stages(texts, tmp_path):
+    facts = run("text_mg", tmp_path, **{"data.source": texts, "plan.kind": "coarse_to_fine", "plan.max_steps": 2})
+    assert [s["name"] for s in facts["stages"]] == ["characters", "words", "sentence", "joint"]
+
+
+@pytest.mark.parametrize("preset", tabular_mg.PRESETS)
+def test_tables_shrunk(preset, table, tmp_path):
+    given = {"preset": preset, "data.source": table, "data.levels": ("family", "species"), "data.targets": ("price",)}
+    groups = {"model.groups": ("numbers=height+weight", "colour=colour")} if preset == "groups" else {}
+    facts = run("tabular_mg", tmp_path, **given | groups)
+    assert facts["test"]["levels"]["species"]["accuracy"] > 0.5 and facts["test"]["tasks"]["price"]["rmse"] < 45
+    assert facts["test"]["inconsistency"] == 0
+    said = predict.answer(
+        tabular_mg.Config(),
+        tabular_mg.see,
+        "",
+        tmp_path,
+        ["height=3.1,weight=0,colour=b", "weight=3", "colour=unheard"],
+        "",
+        "",
+    )
+    assert all(row["species_probability"] > 0 and np.isfinite(row["price"]) for row in said)
+    assert said[0]["family"] == "b" and abs(said[0]["price"] - 162) < 60
+    with pytest.raises(InputError, match="'height' is no COLUMN=VALUE"):
+        predict.answer(tabular_mg.Config(), tabular_mg.see, "", tmp_path, ["height"], "", "")
+
+
+def test_bundled_tables_as_they_are(tmp_path):
+    for source in ("sklearn:wine", "sklearn:diabetes"):
+        chosen, _ = tabular_mg.resolve("cpu", {"data.source": source})
+        config = cfg.override(tabular_mg.Config(), chosen | {"data.source": source})
+        data = tabular_mg.load_columns(config.data, list(dict.fromkeys(tabular_mg.views_of(config).values())))
+        model = tabular_mg.build_model(config, data.encoder, data.taxonomy, data.centers, data.spreads)
+        traced(model, data, build_plan(config.plan, model, len(data.train)))
+
+
+def test_what_does_not_fit(table, texts, tmp_path):
+    with pytest.raises(ConfigError, match="preset groups needs groups"):
+        run("tabular_mg", tmp_path, **{"data.source": table, "data.levels": ("species",), "preset": "groups"})
+    with pytest.raises(DataError, match="name what is predicted"):
+        run("tabular_mg", tmp_path, **{"data.source": table})
+    with pytest.raises(ConfigError, match="has one resolution"):
+        run("text_mg", tmp_path, **{"data.source": texts, "plan.kind": "coarse_to_fine", "plan.resolution": (0.5,)})
+
+
+def test_experiments_differ_in_config_source_and_branches_alone():
+    """Each is short, has the same functions, and how many lines differ is printed."""
+    sources = {name: (ROOT / "experiments" / f"{name}.py").read_text() for name in EXPERIMENTS}
+    for name, text in sources.items():
+        functions = [n.name for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)]
+        assert functions == ["views_of", "build_model", "resolve", "train", "see"] and len(text.splitlines()) < 150, name
+    for i, a in enumerate(EXPERIMENTS):
+        for b in EXPERIMENTS[i + 1 :]:
+            lines = difflib.unified_diff(sources[a].splitlines(), sources[b].splitlines(), lineterm="", n=0)
+            print(f"{a} → {b}: {sum(l[:1] in '+-' for l in lines) - 2} lines differ")
