@@ -21,6 +21,7 @@ import numpy as np
 from flax import linen as nn
 
 from mgjax.config import override
+from mgjax.contracts import Outputs
 from mgjax.data.table_source import read_csv
 from mgjax.decode import decode, task_log_probs
 from mgjax.errors import InputError
@@ -28,7 +29,6 @@ from mgjax.taxonomy import Taxonomy, read_taxonomy
 from mgjax.train import load_variables
 
 ROWS = 256  # of a batch
-Row = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +79,12 @@ def answer(
         raise InputError(f"'{workdir}' is not the workdir of a trained model: '{error.filename}' cannot be read") from None
     config = override(base, {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
     tree = read_taxonomy(workdir / "taxonomy.json") if (workdir / "taxonomy.json").exists() else None
-    variables, said = load_variables(workdir), []
+    variables, said, apply = load_variables(workdir), [], None
     for start in range(0, len(rows), ROWS):
-        part = rows[start : start + ROWS]
-        said += _say(see(config, record, tree, part), variables, len(part))
+        seen = see(config, record, tree, rows[start : start + ROWS])
+        if apply is None:  # compiled once for all batches of one size
+            apply = jax.jit(lambda v, x, model=seen.model: model.apply(v, x, model.everything, train=False))
+        said += _say(seen, apply(variables, dict(seen.inputs)), len(rows[start : start + ROWS]))
     result = [dict(row) | own for row, own in zip(rows, said)]
     if output:
         _write(pathlib.Path(output), result)
@@ -93,10 +95,9 @@ def answer(
     return result
 
 
-def _say(seen: Seen, variables: Mapping, count: int) -> list[dict]:
+def _say(seen: Seen, outputs: Outputs, count: int) -> list[dict]:
     """By example: level → name and level_probability; task → its number, or its labels."""
     model = seen.model
-    outputs = jax.jit(lambda v, x: model.apply(v, x, model.everything, train=False))(variables, dict(seen.inputs))
     rows: list[dict] = [{} for _ in range(count)]
     said = task_log_probs(outputs, model.heads, [t for t in model.tasks if t.kind == "classification"])
     if said:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -212,8 +213,39 @@ class ClassificationMetrics:
         return result
 
 
+class _TaskMetrics:
+    """What metrics by task share: how their figures, `tasks` → task → name, are called and shown."""
+
+    tasks: Sequence[Task]
+    KINDS: ClassVar[tuple[str, ...]]  # names of a task's figures
+    BEST: ClassVar[str]  # the one by which models are compared
+
+    def scalars(self, figures: Mapping) -> dict[str, float]:
+        return {f"{task}/{k}": v for task, said in self._own(figures).items() for k, v in said.items()}
+
+    def answered(self, figures: Mapping) -> bool:
+        return bool(self._own(figures))
+
+    def own(self, figures: Mapping) -> str:
+        return f"{list(self._own(figures))[-1]}/{self.BEST}"
+
+    @property
+    def main(self) -> str:
+        return f"{self.tasks[-1].name}/{self.BEST}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"{t.name}/{k}" for t in self.tasks for k in self.KINDS)
+
+    def progress(self, scalars: Mapping[str, float]) -> str:
+        return f"loss {scalars['loss']:.3f}"
+
+    def _own(self, figures: Mapping) -> dict:
+        return {t.name: figures["tasks"][t.name] for t in self.tasks if t.name in figures.get("tasks", {})}
+
+
 @dataclasses.dataclass(frozen=True)
-class RegressionMetrics:
+class RegressionMetrics(_TaskMetrics):
     """Per task: root of the mean squared error, mean absolute error, and R² = 1 − SSE / SST about the mean of the targets that
     were evaluated, of each number about its own. Where several heads answer one task, their predictions are averaged. All
     known numbers count alike; what is not finite, as NaN, is unknown.
@@ -238,6 +270,9 @@ class RegressionMetrics:
         >>> metrics.compute(metrics.update(Outputs({"age": jnp.array([[1.0], [2.0]])}), batch))["tasks"]["age"]["mae"]
         0.5
     """
+
+    KINDS = ("rmse", "mae", "r2")
+    BEST = "rmse"
 
     tasks: Sequence[Task]
     heads: Sequence[Head]
@@ -293,35 +328,12 @@ class RegressionMetrics:
             }
         return {"examples": int(sums["examples"]), "tasks": tasks}
 
-    def scalars(self, figures: Mapping) -> dict[str, float]:
-        return {f"{task}/{k}": v for task, said in self._own(figures).items() for k, v in said.items()}
-
-    def answered(self, figures: Mapping) -> bool:
-        return bool(self._own(figures))
-
-    def _own(self, figures: Mapping) -> dict:
-        return {t.name: figures["tasks"][t.name] for t in self.tasks if t.name in figures.get("tasks", {})}
-
-    def own(self, figures: Mapping) -> str:
-        return f"{list(self._own(figures))[-1]}/rmse"
-
-    @property
-    def main(self) -> str:
-        return f"{self.tasks[-1].name}/rmse"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(f"{t.name}/{k}" for t in self.tasks for k in ("rmse", "mae", "r2"))
-
     def headline(self, figures: Mapping) -> str:
         return "  ".join(f"{task} rmse {v['rmse']:.4g}" for task, v in self._own(figures).items())
 
-    def progress(self, scalars: Mapping[str, float]) -> str:
-        return f"loss {scalars['loss']:.3f}"
-
 
 @dataclasses.dataclass(frozen=True)
-class MultiLabelMetrics:
+class MultiLabelMetrics(_TaskMetrics):
     """Per task, of which an example has any number of labels: F1 over all answers (`f1_micro`) and as the mean over the labels
     that occur (`f1_macro`), an answer being a probability of ½ or more; share of the examples with all labels right (`exact`);
     mean over the labels of the average precision (`map`), from a histogram of the probabilities with 400 bins, in which
@@ -339,6 +351,9 @@ class MultiLabelMetrics:
         >>> {name: round(value, 3) for name, value in figures["tasks"]["tags"].items()}
         {'f1_micro': 0.8, 'f1_macro': 0.5, 'exact': 0.5, 'map': 0.75}
     """
+
+    KINDS = ("f1_micro", "f1_macro", "exact", "map")
+    BEST = "map"
 
     tasks: Sequence[Task]
     heads: Sequence[Head]
@@ -394,31 +409,8 @@ class MultiLabelMetrics:
             }
         return {"examples": int(sums["examples"]), "tasks": tasks}
 
-    def scalars(self, figures: Mapping) -> dict[str, float]:
-        return {f"{task}/{k}": v for task, said in self._own(figures).items() for k, v in said.items()}
-
-    def answered(self, figures: Mapping) -> bool:
-        return bool(self._own(figures))
-
-    def _own(self, figures: Mapping) -> dict:
-        return {t.name: figures["tasks"][t.name] for t in self.tasks if t.name in figures.get("tasks", {})}
-
-    def own(self, figures: Mapping) -> str:
-        return f"{list(self._own(figures))[-1]}/map"
-
-    @property
-    def main(self) -> str:
-        return f"{self.tasks[-1].name}/map"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(f"{t.name}/{k}" for t in self.tasks for k in ("f1_micro", "f1_macro", "exact", "map"))
-
     def headline(self, figures: Mapping) -> str:
         return "  ".join(f"{task} mAP {v['map']:.1%}" for task, v in self._own(figures).items())
-
-    def progress(self, scalars: Mapping[str, float]) -> str:
-        return f"loss {scalars['loss']:.3f}"
 
 
 @dataclasses.dataclass(frozen=True)
