@@ -295,7 +295,7 @@ def check_same(old: dict, new: dict, workdir: pathlib.Path) -> None:
 def show(summary: dict) -> None:
     """Prints the tables of test results: of levels, and of other tasks."""
     test = summary["test"]
-    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 130)
     title = f"{summary['experiment']} on {summary['dataset']}: {test['examples']:,} test examples"
     if "levels" in test:
         table = Table(title=title)
@@ -323,6 +323,8 @@ def show(summary: dict) -> None:
             table.add_column(column, justify="left" if column == "task" else "right")
         for task, v in test["tasks"].items():
             table.add_row(task, *(f"{v[m]:.4f}" if m in v else "–" for m in metrics))
+        for name, v in test.get("baselines", {}).items():
+            table.add_row(f"({name})", *(f"{v[m]:.4f}" if m in v else "–" for m in metrics))
         console.print(table)
     console.print(
         f"{summary['params']:,} parameters · {summary['train_flops']:.3g} training FLOPs · "

@@ -1,8 +1,8 @@
 """What a trained model says of new examples: `python -m experiments.NAME --workdir=W --predict=EXAMPLE`.
 
-Of a text its words, of an image its file, of a row COLUMN=VALUE,COLUMN=VALUE. Further arguments are examples too, so that
-`--predict *.jpg` works. In batches: `--predict_from=FILE.csv` (or `.jsonl`), a row per example, with a column `text`, `path` or
-the table's own; `--output=FILE.csv` (or `.jsonl`) writes the answers, whole or not at all.
+Of a text its words, of an image its file, of a row COLUMN=VALUE,COLUMN=VALUE, of a rating user=ID,item=ID. Further arguments
+are examples too, so that `--predict *.jpg` works. In batches: `--predict_from=FILE.csv` (or `.jsonl`), a row per example, with
+a column `text`, `path` or the table's own; `--output=FILE.csv` (or `.jsonl`) writes the answers, whole or not at all.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ class Seen:
         model, taxonomy: of the run.
         inputs: `Batch.inputs`, ready for the model.
         labels: task → names of its labels, of which an example has any number.
+        present: granularity → bool [B]; one that is missing here is present everywhere.
     """
 
     model: nn.Module
     taxonomy: Taxonomy | None
     inputs: Mapping[str, np.ndarray]
     labels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    present: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def answer(
@@ -83,8 +85,8 @@ def answer(
     for start in range(0, len(rows), ROWS):
         seen = see(config, record, tree, rows[start : start + ROWS])
         if apply is None:  # compiled once for all batches of one size
-            apply = jax.jit(lambda v, x, model=seen.model: model.apply(v, x, model.everything, train=False))
-        said += _say(seen, apply(variables, dict(seen.inputs)), len(rows[start : start + ROWS]))
+            apply = jax.jit(lambda v, x, p, model=seen.model: model.apply(v, x, model.everything, present=p, train=False))
+        said += _say(seen, apply(variables, dict(seen.inputs), dict(seen.present)), len(rows[start : start + ROWS]))
     result = [dict(row) | own for row, own in zip(rows, said)]
     if output:
         _write(pathlib.Path(output), result)

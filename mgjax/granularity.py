@@ -229,12 +229,35 @@ class Columns:
         return "columns" + "".join(f"_{name}" for name in self.names)
 
 
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Some inputs of the batch, as they are: {name: array}.
+
+    Attributes:
+        names: of the inputs.
+
+    Example:
+        >>> Fields(("user", "item_genre")).key
+        'fields_user_item_genre'
+    """
+
+    names: tuple[str, ...]
+
+    def __post_init__(self):
+        if not self.names:
+            raise DeclarationError("a view of fields names one at least")
+
+    @property
+    def key(self) -> str:
+        return "fields_" + "_".join(self.names)
+
+
 def _check_length(view, length: int) -> None:
     if length < 1:
         raise DeclarationError(f"{view}: a length is at least 1")
 
 
-Encoded = Characters | Words | Sentence | Columns
+Encoded = Characters | Words | Sentence | Columns | Fields
 View = Identity | Resize | Region | Grey | Denoise | Compose | Encoded
 
 

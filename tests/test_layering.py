@@ -31,6 +31,7 @@ ORDER = [
     "balancing",
     "objective",
     "metrics",
+    "ranking",
     "data",
     "train",
 ]
@@ -47,6 +48,7 @@ MODEL = {
     "balancing",
     "objective",
     "metrics",
+    "ranking",
     "views",
 }
 MODEL |= {"pretrained"}

@@ -4,23 +4,27 @@ import ast
 import difflib
 import importlib
 import json
+import os
 import pathlib
+import signal
 
 import cv2
 import jax
 import numpy as np
 import pytest
 
-from experiments import common, imagenet_mg, predict, tabular_mg, text_mg, vision
+from experiments import common, imagenet_mg, predict, ratings_mg, tabular_mg, text_mg, vision
 from experiments.plans import build_plan, points_of
 from mgjax import config as cfg
 from mgjax.config import ConfigError
 from mgjax.data import DataError, eval_batches
 from mgjax.errors import InputError
+from mgjax.train import Interrupted
+from mgjax.train.checkpoint import load_state
 from mgjax.train.monitor import write_json
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-EXPERIMENTS = ("text_mg", "tabular_mg")
+EXPERIMENTS = ("text_mg", "tabular_mg", "ratings_mg")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,25 @@ def table(tmp_path_factory):
     return f"csv:{path}"
 
 
+@pytest.fixture(scope="module")
+def ratings(tmp_path_factory):
+    """60 users, 30 items; people of a town like one kind, each user and item has a bias, u0 rated one item alone."""
+    rng = np.random.default_rng(0)
+    users, items = rng.normal(0, 0.5, 60), rng.normal(0, 0.5, 30)
+    lines = ["user,item,rating,time,user_town,item_kind", "u0,i1,3,0,t0,k1"]
+    for u in range(1, 60):
+        for i in range(30):
+            if rng.random() < 0.6:
+                likes = 1.5 * (u % 3 == i % 3)
+                rating = float(np.clip(2.5 + users[u] + items[i] + likes + rng.normal(0, 0.2), 1, 5).round(1))
+                lines.append(f"u{u},i{i},{rating},{rng.integers(1000)},t{u % 3},k{i % 3}")
+    path = tmp_path_factory.mktemp("ratings") / "rows.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return f"csv:{path}"
+
+
 SHRUNK = {
+    "ratings_mg": {"model.width": 8, "model.dropout": 0.0, "plan.batch_size": 32},
     "text_mg": {"model.embedding": 8, "model.width": 8, "model.fusion_width": 8, "model.buckets": 256, "model.characters": 24},
     "tabular_mg": {"model.widths": (8,), "model.fusion_width": 8},
 }
@@ -64,6 +86,7 @@ def run(name, tmp_path, **given):
     chosen, _ = module.resolve("cpu", given)
     config = cfg.override(module.Config(), chosen | small | given)
     meta = {"experiment": name, "config": json.loads(json.dumps(cfg.to_dict(config)))}
+    tmp_path.mkdir(exist_ok=True)
     write_json(tmp_path / "config.json", meta)
     facts, _ = module.train(config, tmp_path, meta)
     common.show({"experiment": name, "dataset": config.data.source, **facts})
@@ -191,6 +214,96 @@ def test_tables_shrunk(preset, table, tmp_path):
     assert said[0]["family"] == "b" and abs(said[0]["price"] - 162) < 60
     with pytest.raises(InputError, match="'height' is no COLUMN=VALUE"):
         predict.answer(tabular_mg.Config(), tabular_mg.see, "", tmp_path, ["height"], "", "")
+
+
+@pytest.mark.parametrize("preset", ratings_mg.PRESETS)
+def test_ratings_as_they_are_under_eval_shape(preset, ratings):
+    chosen, _ = ratings_mg.resolve("cpu", {})
+    config = cfg.override(ratings_mg.Config(), chosen | {"preset": preset, "data.source": ratings})
+    data = ratings_mg.load_ratings(config.data)
+    model = ratings_mg.build_model(config, data.encoder, data.bounds, data.center, data.spread, True)
+    assert [g.name for g in model.granularities] == list(ratings_mg.PRESETS[preset])
+    traced(model, data, build_plan(config.plan, model, len(data.train)))
+
+
+def test_ratings_are_learned_and_told(ratings, tmp_path, capsys):
+    """Beside both tasks: who is new, baselines, rankings; then what the trained model says of pairs, old and new."""
+    given = {"data.source": ratings, "data.negatives": 1, "data.cold": 0.1, "preset": "ladder", "plan.joint": 20.0}
+    facts = run("ratings_mg", tmp_path, **given)
+    rating, baselines = facts["test"]["tasks"]["rating"], facts["test"]["baselines"]
+    assert rating["rmse"] < 0.7 and rating["rmse_warm"] < 0.8 * baselines["biases"]["rmse_warm"]
+    for part in ("rmse_new_user", "rmse_new_item"):  # their groups tell what nothing else does
+        assert rating[part] < 0.9 * baselines["mean"][part]
+    assert baselines["biases"]["rmse"] < baselines["mean"]["rmse"]
+    assert {"f1_micro", "map", "ndcg@10", "recall@10"} <= set(facts["test"]["tasks"]["seen"])
+    assert rating["ndcg@10"] > baselines["popularity"]["ndcg@10"]
+    assert "variables" not in facts and {p["name"] for p in facts["points"]} == {*ratings_mg.PRESETS["ladder"], "all"}
+    shown = capsys.readouterr().out
+    assert "(popularity)" in shown
+    ask = lambda *rows: predict.answer(ratings_mg.Config(), ratings_mg.see, "", tmp_path, rows, "", "")
+    said = ask("user=u4,item=i1", "user_town=t1,item=i1", "user_town=t2,item=i1", "user=u4,item_kind=k1")
+    assert all(1 <= row["rating"] <= 5 for row in said)
+    assert said[1]["rating"] > said[2]["rating"] + 0.5  # of nobody that is known, the town alone
+    with pytest.raises(DataError, match="row 1 of what is to be predicted names nobody"):
+        ask("user=x,item=y")
+
+
+def test_what_is_told_of_ratings_is_what_was_measured(ratings, tmp_path):
+    """The errors of the parts are those of the task, and of what the model says of each pair."""
+    facts = run("ratings_mg", tmp_path, **{"data.source": ratings, "plan.max_steps": 3, "preset": "history"})
+    figures = facts["test"]["tasks"]["rating"]
+    data = ratings_mg.load_ratings(cfg.override(ratings_mg.Config(), {"data.source": ratings}).data)
+    sides, test = data.encoder.sides, data.test
+    rows = [f"user={sides['user'].names[u]},item={sides['item'].names[i]}" for u, i in zip(test.users, test.items)]
+    said = predict.answer(ratings_mg.Config(), ratings_mg.see, "", tmp_path, rows, "", "")
+    error = np.array([row["rating"] for row in said]) - test.targets["rating"]
+    assert figures["rmse"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-5)
+    warm = sides["user"].known[test.users] & sides["item"].known[test.items]
+    assert figures["rmse_warm"] == pytest.approx(np.sqrt((error[warm] ** 2).mean()), rel=1e-5)
+
+
+def test_all_folds_and_their_mean(ratings, tmp_path, capsys):
+    given = {"data.source": ratings, "data.folds": 2, "data.fold": "all", "plan.max_steps": 2, "preset": "pairs"}
+    facts = run("ratings_mg", tmp_path, **given)
+    one = [json.loads((tmp_path / f"fold{k}" / "facts.json").read_text()) for k in (1, 2)]
+    each = [of["test"]["tasks"]["rating"]["rmse"] for of in one]
+    assert facts["test"]["tasks"]["rating"]["rmse"] == pytest.approx(np.mean(each)) and each[0] != each[1]
+    assert facts["test"]["tasks"]["rating"]["rmse_std"] == pytest.approx(np.std(each, ddof=1))
+    assert facts["steps"] == 4 and facts["test"]["examples"] == sum(of["test"]["examples"] for of in one)
+    before = [(tmp_path / f"fold{k}" / "facts.json").stat().st_mtime_ns for k in (1, 2)]
+    (tmp_path / "fold2" / "facts.json").unlink()  # as if it had been killed there
+    assert run("ratings_mg", tmp_path, **given)["test"] == facts["test"]
+    assert (tmp_path / "fold1" / "facts.json").stat().st_mtime_ns == before[0]
+    said = predict.answer(ratings_mg.Config(), ratings_mg.see, "", tmp_path / "fold1", ["user=u4,item=i1"], "", "")
+    assert 1 <= said[0]["rating"] <= 5
+    with pytest.raises(DataError, match="data.fold=3: csv"):
+        run("ratings_mg", tmp_path, **given | {"data.fold": "3"})
+
+
+@pytest.mark.parametrize("name", ["text_mg", "ratings_mg"])
+def test_a_staged_run_that_is_interrupted_continues_to_the_same_bits(name, texts, ratings, tmp_path, monkeypatch):
+    """In its second stage, with the batch on all devices: as of images."""
+    given = {"data.source": {"text_mg": texts, "ratings_mg": ratings}[name], "plan.kind": "coarse_to_fine", "plan.max_steps": 3}
+    given |= {"checkpoint.every": 2}
+    whole = run(name, tmp_path / "whole", **given)
+    feed, began = common.train_batches, []
+
+    def interrupted(*args, **keys):
+        began.append(keys["examples_seen"])
+        for i, batch in enumerate(feed(*args, **keys)):
+            if len(began) == 2 and i == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patched:
+        patched.setattr(common, "train_batches", interrupted)
+        with pytest.raises(Interrupted):
+            run(name, tmp_path / "cut", **given)
+    assert len(began) >= 2 and not (tmp_path / "cut" / "summary.json").exists()
+    again = run(name, tmp_path / "cut", **given)
+    assert again["test"] == whole["test"] and [s["val"] for s in again["stages"]] == [s["val"] for s in whole["stages"]]
+    states = [load_state(tmp_path / w) for w in ("whole", "cut")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_bundled_tables_as_they_are(tmp_path):

@@ -16,6 +16,7 @@ from mgjax.branches.base import Branch
 from mgjax.branches.columns import TableNet
 from mgjax.branches.convnet import ConvNet
 from mgjax.branches.convnext import ConvNeXt
+from mgjax.branches.factors import Factors, FieldConv
 from mgjax.branches.mlp import MLP
 from mgjax.branches.mobilenet import MobileNetV1, MobileNetV2
 from mgjax.branches.resnet import ResNet
@@ -46,6 +47,8 @@ __all__ = [
     "Branch",
     "ConvNeXt",
     "ConvNet",
+    "Factors",
+    "FieldConv",
     "MobileNetV1",
     "MobileNetV2",
     "ResNet",

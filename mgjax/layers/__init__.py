@@ -2,6 +2,7 @@
 
 from mgjax.layers.activations import ACTIVATIONS, activation
 from mgjax.layers.attention import AttentionPool, MultiHeadAttention
+from mgjax.layers.bag import EmbeddingBag
 from mgjax.layers.blocks import ConvNeXtBlock, InvertedResidual, LinearSeparable, XceptionBlock
 from mgjax.layers.conv import Conv, DepthwiseConv, Projection, SeparableConv, SqueezeExcite
 from mgjax.layers.nested import NestedConv, NestedDense
@@ -18,6 +19,7 @@ __all__ = [
     "ConvNeXtBlock",
     "DepthwiseConv",
     "DropPath",
+    "EmbeddingBag",
     "FeaturePyramid",
     "InvertedResidual",
     "LinearSeparable",
