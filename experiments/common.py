@@ -295,7 +295,7 @@ def check_same(old: dict, new: dict, workdir: pathlib.Path) -> None:
 def show(summary: dict) -> None:
     """Prints the tables of test results: of levels, and of other tasks."""
     test = summary["test"]
-    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 130)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 100)
     title = f"{summary['experiment']} on {summary['dataset']}: {test['examples']:,} test examples"
     if "levels" in test:
         table = Table(title=title)
@@ -318,13 +318,11 @@ def show(summary: dict) -> None:
         console.print(f"decoders, full path (by level): {decoders}")
     if "tasks" in test:
         table = Table(title=title)
-        metrics = list(dict.fromkeys(k for v in test["tasks"].values() for k in v))
-        for column in ("task", *metrics):
-            table.add_column(column, justify="left" if column == "task" else "right")
-        for task, v in test["tasks"].items():
-            table.add_row(task, *(f"{v[m]:.4f}" if m in v else "–" for m in metrics))
-        for name, v in test.get("baselines", {}).items():
-            table.add_row(f"({name})", *(f"{v[m]:.4f}" if m in v else "–" for m in metrics))
+        columns = test["tasks"] | {f"({name})": v for name, v in test.get("baselines", {}).items()}
+        for column in ("", *columns):
+            table.add_column(column, justify="right" if column else "left")
+        for metric in dict.fromkeys(k for v in columns.values() for k in v):
+            table.add_row(metric, *(f"{v[metric]:.4f}" if metric in v else "–" for v in columns.values()))
         console.print(table)
     console.print(
         f"{summary['params']:,} parameters · {summary['train_flops']:.3g} training FLOPs · "

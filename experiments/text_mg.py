@@ -39,7 +39,8 @@ class ModelConfig:
     length: int = key(40, "words that are read of a text", low=1)
     ngrams: tuple[int, ...] = key((1, 3), "shortest and longest n-gram of words in the sentence's bag", low=1)
     subwords: tuple[int, ...] = key((3, 5), "shortest and longest n-gram of characters in it (0,0: none)", low=0)
-    buckets: int = key(1 << 14, "into which n-grams are hashed", low=2)
+    anchors: int = key(2, "first words of a text with which each later one is paired in it (0: none)", low=0)
+    buckets: int = key(1 << 16, "into which n-grams are hashed", low=2)
     words: str = key("conv", "what reads words", choices=("conv", "transformer", "mean"))
     embedding: int = key(128, "width of characters and words", low=1)
     width: int = key(128, "of what convolutions see, and of the sentence", low=1)
@@ -71,7 +72,7 @@ RECIPE = {
 
 
 def views_of(config: ModelConfig) -> dict:
-    sentence = Sentence(tuple(config.ngrams), tuple(config.subwords), config.buckets, 512)
+    sentence = Sentence(tuple(config.ngrams), tuple(config.subwords), config.anchors, config.buckets, 512)
     return {"characters": Characters(config.characters), "words": Words(config.length), "sentence": sentence}
 
 
@@ -82,7 +83,7 @@ def build_model(config: Config, encoder: TextEncoder, tree: Taxonomy | None, cla
     wide = (config.width,)
     make = {
         "characters": lambda: TextConv(size("characters"), config.embedding, wide * 2, kernel=5),
-        "sentence": lambda: TokenMean(size("sentence"), config.width),
+        "sentence": lambda: TokenMean(size("sentence"), config.width, how="root"),
         "words": lambda: {
             "conv": lambda: TextConv(size("words"), config.embedding, wide * config.depth),
             "transformer": lambda: TextTransformer(size("words"), config.length, config.embedding, config.depth),

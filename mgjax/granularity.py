@@ -191,12 +191,15 @@ class Sentence:
     Attributes:
         words: shortest and longest n-gram of words; (0, 0): none.
         characters: shortest and longest n-gram of characters within a word, its ends marked; (0, 0): none.
+        anchors: each word is paired with the first word of the text, with the first two, up to so many; 0: none. What a question
+            is about stands far from what it asks.
         buckets: into which n-grams are hashed.
         length: n-grams that are kept, of words first; of longer texts the rest is cut.
     """
 
     words: tuple[int, int] = (1, 3)
     characters: tuple[int, int] = (0, 0)
+    anchors: int = 0
     buckets: int = 1 << 14
     length: int = 128
 
@@ -205,13 +208,13 @@ class Sentence:
         for low, high in (self.words, self.characters):
             if not (0 < low <= high or low == high == 0):
                 raise DeclarationError(f"{self}: n-grams have 1 part at least, and the shortest stands first")
-        if self.words == self.characters == (0, 0) or self.buckets < 2:
-            raise DeclarationError(f"{self}: n-grams of words or characters are needed, and 2 buckets")
+        if self.words == self.characters == (0, 0) or self.buckets < 2 or self.anchors < 0:
+            raise DeclarationError(f"{self}: n-grams of words or characters are needed, 2 buckets, and no anchors below 0")
 
     @property
     def key(self) -> str:
         spans = "_".join(f"{low}{high}" for low, high in (self.words, self.characters))
-        return f"sentence_{spans}_{self.buckets}_{self.length}"
+        return f"sentence_{spans}_{self.anchors}_{self.buckets}_{self.length}"
 
 
 @dataclasses.dataclass(frozen=True)

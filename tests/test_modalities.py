@@ -12,6 +12,8 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from sklearn.linear_model import LogisticRegression, Ridge
 
 from experiments import common, imagenet_mg, predict, ratings_mg, tabular_mg, text_mg, vision
 from experiments.plans import build_plan, points_of
@@ -19,9 +21,12 @@ from mgjax import config as cfg
 from mgjax.config import ConfigError
 from mgjax.data import DataError, eval_batches
 from mgjax.errors import InputError
-from mgjax.train import Interrupted
+from mgjax.granularity import Columns
+from mgjax.objective import Objective
+from mgjax.train import Interrupted, OptimConfig
 from mgjax.train.checkpoint import load_state
 from mgjax.train.monitor import write_json
+from mgjax.train.optim import make_optimizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXPERIMENTS = ("text_mg", "tabular_mg", "ratings_mg")
@@ -304,6 +309,52 @@ def test_a_staged_run_that_is_interrupted_continues_to_the_same_bits(name, texts
     assert again["test"] == whole["test"] and [s["val"] for s in again["stages"]] == [s["val"] for s in whole["stages"]]
     states = [load_state(tmp_path / w) for w in ("whole", "cut")]
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+@pytest.mark.parametrize("name, target", [("wine", "proline"), ("breast_cancer", "mean radius"), ("digits", "pixel_3_3")])
+def test_linear_members_agree_with_scikit_learn(name, target):
+    """A logistic and a linear regression as the experiment makes them, by objective and optimiser, all rows in a batch."""
+    penalty = 0.01
+    for keys in ({"data.levels": ("class",)}, {"data.targets": (target,), "data.ignore": ("class",)}):
+        config = cfg.override(tabular_mg.Config(), {"data.source": f"sklearn:{name}", "preset": "linear"} | keys)
+        data = tabular_mg.load_columns(config.data, [Columns()])
+        model = tabular_mg.build_model(config, data.encoder, data.taxonomy, data.centers, data.spreads)
+        n, reads = len(data.train), dict(inputs=data.inputs, targets=data.targets)
+        batch = jax.device_put(next(eval_batches(data.train, data.taxonomy, batch_size=n, **reads)))
+        objective = Objective(model.tasks, model.heads, taxonomy=data.taxonomy)
+        optimizer = make_optimizer(OptimConfig(name="sgd", weight_decay=penalty))
+        op, x = model.everything, np.asarray(batch.inputs["columns/numbers"], np.float64)
+        paths = flatten_dict(model.init(jax.random.key(0), batch.inputs, op, train=False)["params"], sep="/")
+        rate = 0.2 / np.linalg.eigvalsh(x.T @ x / n).max()
+
+        @jax.jit
+        def descend(params, model=model, objective=objective, optimizer=optimizer, batch=batch, op=op, rate=rate):
+            said = lambda p: model.apply({"params": unflatten_dict(p, sep="/")}, batch.inputs, op, train=True)
+            slope = jax.grad(lambda p: objective(said(p), batch)[0])
+
+            def step(_, carry):
+                params, state = carry
+                updates, state = optimizer.update(slope(params), state, params)
+                return optimizer.apply(params, updates, rate), state
+
+            return jax.lax.fori_loop(0, 20_000, step, (params, optimizer.init(params)))[0]
+
+        after = {k.rpartition("/")[2]: np.asarray(v, np.float64) for k, v in descend(paths).items()}
+        ours, bias = after["kernel"], after["bias"]
+        if "data.levels" in keys:
+            y, binary = np.asarray(batch.targets["class"]), data.taxonomy.size("class") == 2
+            # Of two classes scikit-learn has one vector, their difference, whose square is twice the sum of both.
+            theirs = LogisticRegression(C=(2 if binary else 1) / (penalty * n), tol=1e-10, max_iter=100_000).fit(x, y)
+            coefficients, intercept = theirs.coef_.T, theirs.intercept_ - (0 if binary else theirs.intercept_.mean())
+            if binary:
+                ours, bias = ours[:, 1:] - ours[:, :1], bias[1:] - bias[:1]
+        else:
+            y = (np.asarray(batch.targets[target], np.float64) - data.centers[target]) / data.spreads[target]
+            theirs = Ridge(alpha=penalty * n, tol=1e-10).fit(x, y)
+            coefficients, intercept = theirs.coef_[:, None], theirs.intercept_
+        assert np.linalg.norm(ours - coefficients) < 1e-3 * np.linalg.norm(coefficients)
+        np.testing.assert_allclose(ours, coefficients, rtol=1e-3, atol=1e-3 * abs(coefficients).max())
+        np.testing.assert_allclose(bias - (0 if len(bias) == 1 else bias.mean()), intercept, atol=2e-3)
 
 
 def test_bundled_tables_as_they_are(tmp_path):

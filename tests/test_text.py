@@ -18,7 +18,7 @@ from mgjax.errors import InputError
 from mgjax.granularity import Characters, DeclarationError, Sentence, Words
 from mgjax.taxonomy import TaxonomyError
 
-VIEWS = [Words(6), Characters(12), Sentence((1, 2), (0, 0), 64, 8)]
+VIEWS = [Words(6), Characters(12), Sentence((1, 2), (0, 0), 0, 64, 8)]
 
 
 # ---------------------------------------------------------------------- tokens
@@ -42,7 +42,7 @@ def test_what_is_cut_unseen_or_empty():
     assert made["words_6_1"][0].tolist()[1:] == [UNSEEN] * 5 and made["words_6_1"].dtype == np.int32
     assert all((rows[1] == NONE).all() for rows in made.values())
     assert encoder.cut(["who are you and why ask me", "", "who"]) == {
-        "words_6_1": 1, "characters_12": 1, "sentence_12_00_64_8": 1
+        "words_6_1": 1, "characters_12": 1, "sentence_12_00_0_64_8": 1
     }  # fmt: skip
     assert all(rows.max() < encoder.sizes[key] for key, rows in made.items())
 

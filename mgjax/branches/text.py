@@ -26,12 +26,13 @@ def pooled(x, there, how: str):
 
     Args:
         there: bool [B, L].
-        how: "max" or "mean".
+        how: "max", "mean", or "root", the sum over the root of how many there are, which is as large for long texts as for short.
     """
     if how == "max":
         return jnp.where(there.any(1)[:, None], jnp.where(there[..., None], x, _LOW).max(1), 0)
     total = jnp.where(there[..., None], x, 0).sum(1)
-    return total / jnp.maximum(there.sum(1), 1)[:, None].astype(x.dtype)
+    count = jnp.maximum(there.sum(1), 1)[:, None].astype(x.dtype)
+    return total / (jnp.sqrt(count) if how == "root" else count)
 
 
 class Tokens(nn.Module):
@@ -70,6 +71,7 @@ class TokenMean(Branch):
 
     Attributes:
         vocabulary, features, dropout, dtype: as in `Tokens`.
+        how: "mean", or "root", as in `pooled`.
 
     Example:
         >>> import jax
@@ -82,6 +84,7 @@ class TokenMean(Branch):
     vocabulary: int
     features: int = 128
     dropout: float = 0.0
+    how: str = "mean"
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -94,7 +97,7 @@ class TokenMean(Branch):
         check_tokens(x)
         reader = self.read(taps)
         tokens = Tokens(self.vocabulary, self.features, self.dropout, self.dtype, name="tokens")(x, train=train)
-        reader.offer("mean", pooled(tokens, x > 0, "mean"))
+        reader.offer("mean", pooled(tokens, x > 0, self.how))
         return reader.features
 
 

@@ -100,19 +100,23 @@ class TextEncoder:
 
     def _ids(self, view: TextView, text: str) -> list[int]:
         if isinstance(view, Sentence):
-            return [zlib.crc32(gram.encode()) % (view.buckets - 1) + 1 for gram in ngrams(text, view.words, view.characters)]
+            grams = ngrams(text, view.words, view.characters, view.anchors)
+            return [zlib.crc32(gram.encode()) % (view.buckets - 1) + 1 for gram in grams]
         at = self._at[view.key]
         return [at.get(token, UNSEEN) for token in (tokens if isinstance(view, Words) else normal)(text)]
 
 
-def ngrams(text: str, words: tuple[int, int], characters: tuple[int, int]) -> list[str]:
-    """N-grams of words, the ends of the text being words too, then those of characters, the ends of a word being characters.
+def ngrams(text: str, words: tuple[int, int], characters: tuple[int, int], anchors: int = 0) -> list[str]:
+    """N-grams of words, the ends of the text being words too; pairs of the first words, 1 to `anchors` of them, with each later
+    one; then n-grams of characters, the ends of a word being characters.
 
     Example:
         >>> [g.replace("\\x02", "<").replace("\\x03", ">") for g in ngrams("to be", (2, 2), (0, 0))]
         ['w< to', 'wto be', 'wbe >']
         >>> [g.replace("\\x02", "<").replace("\\x03", ">") for g in ngrams("to", (0, 0), (3, 3))]
         ['c<to', 'cto>']
+        >>> ngrams("what is it", (0, 0), (0, 0), 2)
+        ['awhat|is', 'awhat|it', 'awhat is|it']
     """
     parts = tokens(text)
     if not parts:
@@ -123,6 +127,9 @@ def ngrams(text: str, words: tuple[int, int], characters: tuple[int, int]) -> li
         for n in range(words[0], words[1] + 1):
             grams = [marked[i : i + n] for i in range(len(marked) - n + 1)]
             result += ["w" + " ".join(gram) for gram in grams if len(gram) > 1 or gram[0] not in (_BEGIN, _END)]
+    for n in range(1, anchors + 1):
+        first = " ".join(parts[:n])
+        result += [f"a{first}|{part}" for part in parts[n:]]
     if characters[1]:
         for part in parts:
             marked = _BEGIN + part + _END
