@@ -30,7 +30,7 @@ from mgjax.taxonomy import Taxonomy
 
 PRESETS = {
     "history": ("group", "user", "item", "history"),
-    "pairs": ("user", "item", "pair"),
+    "pairs": ("pair",),
     "ladder": ("group", "user", "item", "pair", "history"),
     "conv": ("group", "user", "item", "conv", "history"),
 }

@@ -112,6 +112,7 @@ def render(summary: Mapping, records: Sequence[Mapping] = (), examples: Sequence
     sections = (
         _headline(summary, levels, title),
         _accuracy(summary, levels),
+        _tasks(summary),
         _curves(summary, records, levels),
         _contributions(summary, records, levels),
         _examples(examples),
@@ -191,6 +192,23 @@ def _accuracy(summary: Mapping, levels: Sequence[str]) -> str:
         f'<div class="plots pair">{_drawn(drawn, "accuracy", "Test accuracy: an open dot is raw, a filled one decoded.")}'
         f"<div>{table}</div></div>"
         '<p class="note">Precision, recall and F1 are means over classes; ECE is the expected calibration error (15 bins).</p>',
+    )
+
+
+def _tasks(summary: Mapping) -> str:
+    """Figures of tasks that are no levels, beside those of baselines."""
+    test = summary.get("test") or {}
+    columns = dict(test.get("tasks") or {}) | {f"({name})": v for name, v in (test.get("baselines") or {}).items()}
+    if not columns:
+        return ""
+    rows = [
+        (metric, *(markup.number(v.get(metric), ".4f") for v in columns.values()))
+        for metric in dict.fromkeys(k for v in columns.values() for k in v)
+    ]
+    return markup.section(
+        "Tasks",
+        "What is asked beside levels, metric by metric; baselines stand in brackets." if test.get("baselines") else "",
+        markup.table(("metric", *columns), rows, texts=1),
     )
 
 
