@@ -48,6 +48,9 @@ def test_a_command_of_the_readme(line, tmp_path, request):
     if "trec:TREC" in line:
         folder = request.getfixturevalue("shared_data") / "trec"
         arguments = [a.replace("=trec:TREC", f"=trec:{folder}") for a in arguments]
+    if "MOVIELENS" in line:
+        folder = request.getfixturevalue("shared_data") / "movielens100k"
+        arguments = [a.replace("=movielens:MOVIELENS", f"=movielens:{folder}") for a in arguments]
     if "FILE.csv" in line:
         arguments = [a.replace("=csv:FILE.csv", f"=csv:{small_texts(tmp_path / 'texts.csv')}") for a in arguments]
     # The test's own workdir, and then its own, smaller sizes.

@@ -280,6 +280,16 @@ def test_summaries_with_little_in_them(summary, records, examples):
     assert ("only", "–", "–", "–") in [tuple(r) for r in Page(report.render(summary, records)).rows]
 
 
+def test_tasks_stand_beside_their_baselines():
+    test = {"examples": 7, "tasks": {"rating": {"rmse": 0.9, "ndcg@10": 0.2}}, "baselines": {"mean": {"rmse": 1.1}}}
+    page = Page(report.render({"experiment": "ratings", "test": test}))
+    assert "Tasks" in page.headings
+    assert [tuple(r) for r in page.rows if r[0] in ("rmse", "ndcg@10")] == [
+        ("rmse", "0.9000", "1.1000"),
+        ("ndcg@10", "0.2000", "–"),
+    ]
+
+
 def test_heads_of_one_task_have_rows_and_lines_of_their_own(summary, records):
     summary["test"]["heads"] = {"fine_a": figures(0.6), "fine_b": figures(0.5)}
     page = Page(report.render(summary, records))

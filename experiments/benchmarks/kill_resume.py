@@ -1,13 +1,14 @@
 """Kills a run with SIGKILL, again and again, and compares what it ends with to a run that was left alone.
 
     python -m experiments.benchmarks.kill_resume --kills=100
+    python -m experiments.benchmarks.kill_resume --experiment=ratings_mg --devices=2 -- --config.data.source=movielens:DIR
 
 One run after the other is begun in a fresh workdir, with a fresh compilation cache, and killed at times that
 are uniform over the life of the process, import and compilation included; the same command is repeated, and
 killed again, until it once comes to its end before its kill does. Then its whole training state (parameters,
 averages, moments, statistics, step counts) and its test figures are compared with those of the uninterrupted run,
-which is computed in the same invocation. Runs are small, but whole: three stages, accumulated gradients,
-averaged parameters, dropout, validation inside stages with a memory of the best, checkpoints every other step,
+which is computed in the same invocation. Runs are small, but whole: a stage per granularity and a joint one, accumulated
+gradients, averaged parameters, dropout, validation inside stages with a memory of the best, checkpoints every other step,
 test, report.
 """
 
@@ -31,11 +32,15 @@ import numpy as np
 from mgjax.train.checkpoint import load_state
 from mgjax.train.monitor import hardware
 
+NETWORK = {"model.widths": "8,16,16", "model.blocks": "1,1,1", "model.dropout": "0.1"}
+SIZES = {
+    "imagenet_mg": NETWORK,
+    "text_mg": {"model.embedding": "8", "model.width": "8", "model.fusion_width": "8", "model.buckets": "1024"},
+    "ratings_mg": {"model.width": "8", "data.negatives": "1", "preset": "ladder"},
+}
 SETTINGS = {
     "data.limit": "192",
-    "model.widths": "8,16,16",
-    "model.blocks": "1,1,1",
-    "model.dropout": "0.1",
+    "plan.kind": "coarse_to_fine",
     "plan.batch_size": "32",
     "plan.eval_batch_size": "96",
     "plan.alone": "2,2,2",
@@ -58,27 +63,27 @@ PHASES = (
 )
 
 
-def start(workdir: pathlib.Path, cache: pathlib.Path, log: pathlib.Path, more: list[str]) -> subprocess.Popen:
+def start(workdir: pathlib.Path, cache: pathlib.Path, log: pathlib.Path, of: argparse.Namespace) -> subprocess.Popen:
     """Begins or continues the run; a process group of its own, so that a kill hits its workers too."""
-    keys = [f"--config.{k}={v}" for k, v in SETTINGS.items()]
-    command = [sys.executable, "-m", "experiments.imagenet_mg", *keys, *more]
+    keys = [f"--config.{k}={v}" for k, v in (SETTINGS | SIZES[of.experiment]).items()]
+    command = [sys.executable, "-m", f"experiments.{of.experiment}", *keys, *of.more]
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")}
     with log.open("w") as said:
         return subprocess.Popen(
             [*command, f"--workdir={workdir}", f"--config.compile_cache={cache}"],
             stdout=said,
             stderr=subprocess.STDOUT,
-            env=environment | {"JAX_PLATFORMS": "cpu"},
+            env=environment | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={of.devices}"},
             cwd=pathlib.Path(__file__).parents[2],
             start_new_session=True,
         )
 
 
-def alone(folder: pathlib.Path, name: str, cache: pathlib.Path, more: list[str]) -> tuple[pathlib.Path, float]:
+def alone(folder: pathlib.Path, name: str, cache: pathlib.Path, of: argparse.Namespace) -> tuple[pathlib.Path, float]:
     """A run that nobody disturbs: its workdir, and the seconds of its life."""
     began = time.monotonic()
     log = folder / f"{name}.log"
-    if start(folder / name, cache, log, more).wait():
+    if start(folder / name, cache, log, of).wait():
         raise SystemExit(f"the uninterrupted run failed:\n{log.read_text()}")
     return folder / name, time.monotonic() - began
 
@@ -94,7 +99,7 @@ def result(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     }
     summary = json.loads((workdir / "summary.json").read_text())
     figures = {k: summary[k] for k in ("test", "best", "steps")} | {s["name"]: s["val"] for s in summary["stages"]}
-    figures |= {f"point {p['name']}": p["accuracy"] for p in summary["points"]}
+    figures |= {f"point {p['name']}": [p["accuracy"], p.get("figures")] for p in summary["points"]}
     return state | {k: np.array(json.dumps(v, sort_keys=True)) for k, v in figures.items()}
 
 
@@ -126,6 +131,8 @@ def continued_at(log: pathlib.Path) -> int | None:
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--experiment", choices=tuple(SIZES), default="imagenet_mg")
+    parser.add_argument("--devices", type=int, default=1, help="virtual ones of the CPU")
     parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
     parser.add_argument("--cache", type=pathlib.Path, help="keeps compiled programs (default: each run compiles its own)")
     parser.add_argument("--json", type=pathlib.Path, help="file for the figures")
@@ -134,11 +141,11 @@ def main(arguments: list[str] | None = None) -> dict:
     if options.kills < 1:
         parser.error("--kills is at least 1")
     rng, began = np.random.default_rng(options.seed), time.monotonic()
-    print(f"{hardware()}; seed {options.seed}", flush=True)
+    print(f"{hardware()}; seed {options.seed}; {options.experiment} on {options.devices} devices", flush=True)
     with tempfile.TemporaryDirectory() as made:
         folder = pathlib.Path(made)
-        whole, cold = alone(folder, "whole", options.cache or folder / "cache", options.more)
-        again, warm = alone(folder, "again", options.cache or folder / "cache", options.more)
+        whole, cold = alone(folder, "whole", options.cache or folder / "cache", options)
+        again, warm = alone(folder, "again", options.cache or folder / "cache", options)
         expected = result(whole)
         if differs := identical(expected, result(again)):
             raise SystemExit(f"two uninterrupted runs differ in {differs[:5]}")
@@ -151,7 +158,7 @@ def main(arguments: list[str] | None = None) -> dict:
                 runs.append({"open": True, "kills": 0, "workdir": folder / f"run{len(runs)}", "steps": 0})
             run = runs[-1]
             log = folder / "log"
-            process = start(run["workdir"], options.cache or folder / f"cache{len(runs)}", log, options.more)
+            process = start(run["workdir"], options.cache or folder / f"cache{len(runs)}", log, options)
             life = warm if steps_of(run["workdir"]) else cold  # only what was compiled to the end is kept
             try:
                 process.wait(rng.uniform(0, life) if killed < options.kills else None)
