@@ -191,8 +191,8 @@ class Sentence:
     Attributes:
         words: shortest and longest n-gram of words; (0, 0): none.
         characters: shortest and longest n-gram of characters within a word, its ends marked; (0, 0): none.
-        anchors: each word is paired with the first word of the text, with the first two, up to so many; 0: none. What a question
-            is about stands far from what it asks.
+        anchors: each word is paired with the first word of the text, with the first two, up to so many; 0: none. What a text
+            asks stands far from what it asks about.
         buckets: into which n-grams are hashed.
         length: n-grams that are kept, of words first; of longer texts the rest is cut.
     """

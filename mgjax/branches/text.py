@@ -26,7 +26,7 @@ def pooled(x, there, how: str):
 
     Args:
         there: bool [B, L].
-        how: "max", "mean", or "root", the sum over the root of how many there are, which is as large for long texts as for short.
+        how: "max", "mean", or "root", the sum over the root of their number, which is as large for long texts as for short.
     """
     if how == "max":
         return jnp.where(there.any(1)[:, None], jnp.where(there[..., None], x, _LOW).max(1), 0)
