@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from experiments.benchmarks import balancing, convolution, depthwise, kill_resume
+from experiments.benchmarks import balancing, convolution, depthwise, kill_resume, tables
 from mgjax.balancing import BALANCERS
 from mgjax.branches import MobileNetV2
 from mgjax.ops.depthwise import shift
@@ -72,6 +72,16 @@ def test_balancing(tmp_path, capsys):
         for title in titles:
             assert {f"{title} ms"} | ({f"{title} / equal"} if name != "equal" else set()) <= set(figures), title
     assert "every 10 steps" in capsys.readouterr().out
+
+
+def test_tables(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    figures = tables.main(["--sets=wine", "--folds=2", f"--json={file}"], **{"plan.max_steps": 80, "plan.eval_batch_size": 96})
+    assert figures == json.loads(file.read_text()) and all(np.isfinite(v) for v in figures.values())
+    assert all(0.5 < figures[f"wine_{m}"] <= 1 for m in ("mgjax_both", "mgjax_linear", "logistic_regression", "random_forest"))
+    assert "gradient boosting" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        tables.main(["--sets=wine,iris"])
 
 
 def test_kill_resume(tmp_path, capsys):
