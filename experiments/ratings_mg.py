@@ -22,7 +22,8 @@ from experiments.recommend import measured, over_folds
 from mgjax.branches import Factors, FieldConv
 from mgjax.branches.factors import Field
 from mgjax.config import key
-from mgjax.data.ratings import NewcomerDropout, RatingsConfig, RatingsEncoder, load_ratings
+from mgjax.data.ratings import NewcomerDropout, RatingsEncoder
+from mgjax.data.ratings_source import RatingsConfig, load_ratings
 from mgjax.granularity import Fields, Granularity, Head, Task
 from mgjax.metrics import Metrics, MultiLabelMetrics, RegressionMetrics
 from mgjax.model import MultiGranularityModel

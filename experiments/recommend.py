@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from mgjax.data.ratings import RatingsDataset, folds_of
+from mgjax.data.ratings_source import RatingsDataset, folds_of
 from mgjax.ranking import ranking_figures
 from mgjax.train import distributed
 from mgjax.train.monitor import write_json
 
 K = 10  # items that are looked at of a ranking
+RANKED = 1000  # users at most for whom all items are ranked, drawn at random where there are more
 RELEVANT = 4.0  # the lowest rating of an item that ought to be found
 ROWS = 2048  # pairs of a batch
 
@@ -24,10 +25,10 @@ ROWS = 2048  # pairs of a batch
 def measured(facts: dict, model, data: RatingsDataset) -> dict:
     """The facts of a trained model with what is asked of a recommender, and without its variables.
 
-    To `test.tasks.rating` come `rmse_warm`, `rmse_new_user` and `rmse_new_item`, by whether train knows the user
-    and the item, and to every task `ndcg@10` and `recall@10`: for each user, all items that train and validation do not show as
-    rated are ranked; those that the test shows with a rating of 4 or more ought to be found. `test.baselines` has the same
-    figures of the mean of train, of the biases of users and items, and of how often items were rated.
+    To `test.tasks.rating` come `rmse_warm`, `rmse_new_user` and `rmse_new_item`, by whether train knows the user and the item, and
+    to every task `ndcg@10` and `recall@10`: for each user of the test, or a thousand of them, all items that train and validation
+    do not show as rated are ranked; those that the test shows with a rating of 4 or more ought to be found. `test.baselines` has
+    the same figures of the mean of train, of the biases of users and items, and of how often items were rated.
     """
     variables = facts.pop("variables", None)
     if variables is None or not distributed.is_main():
@@ -79,17 +80,15 @@ def _rankings(say: Callable, users, items, truth, data: RatingsDataset) -> dict[
     """Task → figures of its ranking; none where nobody has anything to be found."""
     count = len(data.encoder.sides["item"].names)
     who = np.unique(users[truth >= RELEVANT])
+    who = np.sort(np.random.default_rng(0).permutation(who)[:RANKED])
     relevant, candidates = np.zeros((len(who), count), bool), np.ones((len(who), count), bool)
     row = np.full(len(data.encoder.sides["user"].names), -1)
     row[who] = np.arange(len(who))
-    for source, mark, only in (
-        (data.train, candidates, None),
-        (data.validation, candidates, None),
-        (data.test, relevant, RELEVANT),
-    ):
-        ratings = source.targets["rating"]
-        keep = (np.isfinite(ratings) if only is None else ratings >= only) & (row[source.users] >= 0)
-        mark[row[source.users[keep]], source.items[keep]] = mark is relevant
+    for known in (data.train, data.validation):
+        keep = np.isfinite(known.targets["rating"]) & (row[known.users] >= 0)
+        candidates[row[known.users[keep]], known.items[keep]] = False
+    keep = (truth >= RELEVANT) & (row[users] >= 0)
+    relevant[row[users[keep]], items[keep]] = True
     if not relevant.any():
         return {"popularity": {}}
     scores = say(np.repeat(who, count), np.tile(np.arange(count), len(who)))

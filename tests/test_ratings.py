@@ -12,7 +12,8 @@ from mgjax.branches import Factors, FieldConv
 from mgjax.branches.factors import Field
 from mgjax.contracts import Batch
 from mgjax.data import DataError, eval_batches, train_batches
-from mgjax.data.ratings import Biases, NewcomerDropout, RatingsConfig, RatingsEncoder, folds_of, load_ratings
+from mgjax.data.ratings import Biases, NewcomerDropout, RatingsEncoder
+from mgjax.data.ratings_source import RatingsConfig, folds_of, load_ratings
 from mgjax.errors import InputError
 from mgjax.granularity import DeclarationError, Fields
 from mgjax.layers import EmbeddingBag
