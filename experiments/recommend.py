@@ -28,7 +28,8 @@ def measured(facts: dict, model, data: RatingsDataset) -> dict:
     To `test.tasks.rating` come `rmse_warm`, `rmse_new_user` and `rmse_new_item`, by whether train knows the user and the item,
     and to every task `ndcg@10` and `recall@10`: for each user of the test, or a thousand of them, all items that train and
     validation do not show as rated are ranked; those that the test shows with a rating of 4 or more ought to be found.
-    `test.baselines` has the same figures of the mean of train, of the biases of users and items, and of how often items were rated.
+    `test.baselines` has the same figures of the mean of train, of the biases of users and items, and of how often items
+    were rated.
     """
     variables = facts.pop("variables", None)
     if variables is None or not distributed.is_main():
