@@ -95,7 +95,8 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train_an
     if not record_path.exists():
         error = f"process {jax.process_index()} does not see the workdir '{workdir}' of process 0: name one that all see"
     distributed.agreed(error)
-    if distributed.from_main(summary_path.exists()):
+    again = distributed.from_main(summary_path.exists())
+    if again:
         say("this run is complete; its summary is shown again")
         summary, examples = json.loads(summary_path.read_text()), []
     else:
@@ -129,7 +130,7 @@ def run(name: str, base: Any, given: dict[str, Any], resolve: Callable, train_an
         return summary
     report_path = workdir / "report.html"
     if examples or not report_path.exists():
-        if not examples:
+        if again:
             print("its report was not written; it is made now, without examples")
         try:
             report.write(workdir, summary, examples)
@@ -277,7 +278,9 @@ def main(
             raise InputError("which model is to predict? --workdir=DIR of a finished run")
         if given:
             raise InputError(f"a trained model keeps its config: leave out --config.{next(iter(given))}")
-        predict.answer(base, see, column, pathlib.Path(flags.FLAGS.workdir), *asked)
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # what is said are the answers
+        predict.answer(base, see, column, pathlib.Path(flags.FLAGS.workdir), *asked, name=name)
 
     cfg.run(train_or_predict, base, notes, operands="predict")
 

@@ -106,7 +106,9 @@ def _kind_of_plan(config: PlanConfig, model: MultiGranularityModel, alone: Seque
         case "growth":
             of = [g.branch for g in model.granularities]
             if len(of) < 2 or len(set(of)) < len(of):
-                raise ConfigError("plan.kind=growth needs a branch per granularity, two or more: --config.preset=branches")
+                raise ConfigError(
+                    "plan.kind=growth needs a branch per granularity, two or more, as preset branches of imagenet_mg has"
+                )
             grows = [(f"branches_{a}", f"branches_{b}") for a, b in itertools.pairwise(of)]
             return growth(alone, model.everything, grows=grows, **lengths)
     # Whatever trains before all granularities do: one of them, the backbone, or all at a lower resolution.

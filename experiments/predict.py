@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import difflib
 import io
 import json
 import os
@@ -50,7 +51,14 @@ class Seen:
 
 
 def answer(
-    base: Any, see: Callable, column: str, workdir: pathlib.Path, examples: Sequence[str], source: str, output: str
+    base: Any,
+    see: Callable,
+    column: str,
+    workdir: pathlib.Path,
+    examples: Sequence[str],
+    source: str,
+    output: str,
+    name: str = "",
 ) -> list[dict]:
     """Answers examples of the command line, or of a file, and shows or writes what is said.
 
@@ -60,12 +68,14 @@ def answer(
         column: of a row, that a single example of the command line fills; empty: it names columns itself.
         workdir: of a run that is finished.
         examples, source, output: as on the command line.
+        name: of the experiment, of which the workdir is to be.
 
     Returns:
         A dict per example: its row, and by level or task what is said, with its probability.
 
     Raises:
-        InputError: no trained model, an unreadable file, a row that does not fit.
+        InputError: no trained model, or one of another experiment, an unreadable file, a row that does not fit, a column on the
+            command line that the model does not see.
     """
     rows = [{column: e} if column else _pairs(e) for e in examples] + (_read(pathlib.Path(source)) if source else [])
     if not rows:
@@ -75,10 +85,18 @@ def answer(
     if column and (lacking := [i for i, row in enumerate(rows) if not isinstance(row.get(column), str)]):
         raise InputError(f"row {lacking[0] + 1} of what is to be predicted has no '{column}'")
     try:
-        config = json.loads((workdir / "config.json").read_text())["config"]
+        made = json.loads((workdir / "config.json").read_text())
         record = json.loads((workdir / "dataset.json").read_text())
     except OSError as error:
         raise InputError(f"'{workdir}' is not the workdir of a trained model: '{error.filename}' cannot be read") from None
+    if name and made["experiment"] != name:
+        raise InputError(f"'{workdir}' is of {made['experiment']}: ask python -m experiments.{made['experiment']}")
+    for row in rows[: len(examples)] if "columns" in record else ():
+        if unknown := [c for c in row if c not in record["columns"]]:
+            near = difflib.get_close_matches(unknown[0], record["columns"], 1)
+            hint = f"the nearest is '{near[0]}'" if near else f"there are {', '.join(record['columns'])}"
+            raise InputError(f"the model sees no column '{unknown[0]}'; {hint}")
+    config = made["config"]
     config = override(base, {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
     tree = read_taxonomy(workdir / "taxonomy.json") if (workdir / "taxonomy.json").exists() else None
     variables, said, apply = load_variables(workdir), [], None

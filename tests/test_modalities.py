@@ -217,6 +217,8 @@ def test_tables_shrunk(preset, table, tmp_path):
     )
     assert all(row["species_probability"] > 0 and np.isfinite(row["price"]) for row in said)
     assert said[0]["family"] == "b" and abs(said[0]["price"] - 162) < 60
+    with pytest.raises(InputError, match="sees no column 'colur'; the nearest is 'colour'"):
+        predict.answer(tabular_mg.Config(), tabular_mg.see, "", tmp_path, ["colur=b"], "", "")
     with pytest.raises(InputError, match="'height' is no COLUMN=VALUE"):
         predict.answer(tabular_mg.Config(), tabular_mg.see, "", tmp_path, ["height"], "", "")
 
@@ -251,6 +253,10 @@ def test_ratings_are_learned_and_told(ratings, tmp_path, capsys):
     assert said[1]["rating"] > said[2]["rating"] + 0.5  # of nobody that is known, the town alone
     with pytest.raises(DataError, match="row 1 of what is to be predicted names nobody"):
         ask("user=x,item=y")
+    with pytest.raises(InputError, match="sees no column 'usr'; the nearest is 'user'"):
+        ask("user=u4,item=i1", "usr=u4,item=i1")
+    with pytest.raises(InputError, match="is of ratings_mg: ask python -m experiments.ratings_mg"):
+        predict.answer(text_mg.Config(), text_mg.see, "text", tmp_path, ["a"], "", "", name="text_mg")
 
 
 def test_what_is_told_of_ratings_is_what_was_measured(ratings, tmp_path):

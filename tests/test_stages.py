@@ -309,6 +309,8 @@ def test_frozen_parameters_and_statistics_stay_to_the_bit_through_a_stage(tmp_pa
         (Stage("s", FULL, 1, 16, freezes=("branches_x/*",)), r"freezes 'branches_x/\*', which matches no parameter"),
         (Stage("s", OperatingPoint(("x",), ("sub",)), 1, 16), r"asks for granularity \['x'\]"),
         (Stage("s", FULL, 1, 16, pieces=0), "0 pieces"),
+        (Stage("s", FULL, 1, 16, learning_rate=-1.0), "a learning rate of 0 or more is needed, not -1.0"),
+        (Stage("s", FULL, 1, 16, span=(0.5, 2.0)), r"a span within 0 and 1, not \(0.5, 2.0\)"),
         (Stage("s", FULL, 1, 16, pieces=3), "cannot be cut into 3 pieces"),
         (Stage("s", FULL, 1, 16, weights=(("sub", 0.0), ("super", 0.0))), "no loss weight of stage 's' is above 0"),
         (Stage("s", FULL, 1, 16, weights=(("x", 1.0),)), r"stage 's' name \['x'\]"),
@@ -328,6 +330,7 @@ def test_stages_that_cannot_run(stage, says, tmp_path):
 def test_patterns_that_freeze():
     needed = {"a/k", "b/k", "c/k"}
     assert trained_paths(Stage("s", FULL, 1, 8, freezes=("b/*",)), needed) == {"a/k", "c/k"}
+    assert trained_paths(Stage("s", FULL, 1, 8, trains="b/*"), needed) == {"b/k"}  # one pattern alone
     assert trained_paths(Stage("s", FULL, 1, 8, trains=("a/*",), freezes=("b/*",)), needed) == {"a/k"}
 
 

@@ -468,7 +468,7 @@ def test_a_refused_save_is_an_error(tmp_path, monkeypatch):
 
 
 def test_coarse_to_fine_needs_one_number_per_stage():
-    with pytest.raises(ValueError):
+    with pytest.raises(DeclarationError, match="1 stages alone, but steps_alone has 2 numbers"):
         coarse_to_fine([("a", toy.FINE)], toy.FINE, steps_alone=(1, 2), steps_together=1, batch_size=8)
     with pytest.raises(DeclarationError):
         trained_paths(Stage("s", toy.FINE, 1, 8, trains=("nothing",)), {"a"})

@@ -175,6 +175,7 @@ class ColumnsDataset(Dataset):
 
     def record(self) -> dict:
         of_targets = {"centers": self.centers, "spreads": self.spreads}
+        of_targets["columns"] = [*self.encoder.numbers, *self.encoder.categories]
         return super().record() | of_targets | {k: getattr(self.encoder, k) for k in ("numbers", "categories", "left_out")}
 
 

@@ -63,6 +63,7 @@ class RatingsDataset(Dataset):
 
     def record(self) -> dict:
         own = {"center": self.center, "spread": self.spread, "bounds": list(self.bounds), "encoder": self.encoder.record()}
+        own["columns"] = [c for s in SIDES for c in (s, *self.encoder.groups(s))]
         return super().record() | own
 
 

@@ -141,7 +141,8 @@ def fit(
         augment: (batch, rng, strength) → normalised batch; `.normalise(batch)` for evaluation.
         meta, free: see `Checkpoints`.
         points: name → further operating point at which the trained model is tested.
-        groups: how parameters are optimised that are not optimised as `config.optim` says.
+        groups: how parameters are optimised that are not optimised as `config.optim` says. If there are any, every parameter
+            belongs to one: end with `ParamGroup("*")`, which takes the rest as `config.optim` has it.
 
     Returns:
         params, train_flops, steps, seconds (training and validation, compilation included),

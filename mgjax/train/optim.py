@@ -43,7 +43,8 @@ class OptimConfig:
 class ParamGroup:
     """How some of the parameters are optimised; what is not given is the config's.
 
-    A parameter belongs to the first group of which a pattern matches its path.
+    A parameter belongs to the first group of which a pattern matches its path, and one that no group matches is an error:
+    let the last be `ParamGroup("*")`.
 
     Attributes:
         pattern: glob, or several, of parameter paths, such as `branches_trunk/*` or `head_*`; `*` crosses "/".

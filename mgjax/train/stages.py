@@ -54,6 +54,11 @@ class Stage:
     patience: int | None = None
     metric: str = ""
 
+    def __post_init__(self):
+        for patterns in ("trains", "freezes"):
+            if isinstance(getattr(self, patterns), str):
+                object.__setattr__(self, patterns, (getattr(self, patterns),))
+
 
 def check_plan(plan: Sequence[Stage], devices: int = 1, parts: int = 1) -> None:
     """Raises InputError for a plan that cannot run: no stage, two of one name, no step, a batch
@@ -66,6 +71,11 @@ def check_plan(plan: Sequence[Stage], devices: int = 1, parts: int = 1) -> None:
     for stage in plan:
         if stage.steps < 1 or stage.batch_size < 1:
             raise DeclarationError(f"stage '{stage.name}' has {stage.steps} steps of {stage.batch_size} examples")
+        if not stage.learning_rate >= 0 or not 0 <= stage.span[0] < stage.span[1] <= 1:
+            raise DeclarationError(
+                f"stage '{stage.name}': a learning rate of 0 or more is needed, not {stage.learning_rate}, and a span within 0 "
+                f"and 1, not {stage.span}"
+            )
         if stage.pieces < 1:
             raise DeclarationError(f"stage '{stage.name}' cuts inputs into {stage.pieces} pieces a side: 1 leaves them whole")
         if both := sorted((set(stage.trains) & set(stage.freezes)) - {"*"}):
@@ -167,8 +177,10 @@ def coarse_to_fine(
         >>> [(stage.name, stage.steps) for stage in plan]
         [('coarse', 100), ('joint', 400)]
     """
+    if len(alone) != len(steps_alone):
+        raise DeclarationError(f"{len(alone)} stages alone, but steps_alone has {len(steps_alone)} numbers")
     plan: list[Stage] = []
-    for (name, op), steps in zip(alone, steps_alone, strict=True):
+    for (name, op), steps in zip(alone, steps_alone):
         if steps:
             plan.append(Stage(name, op, steps, batch_size, warmup=0.0 if plan else None, end=hold))
     plan.append(Stage("joint", together, steps_together, batch_size, warmup=0.0 if plan else None))
