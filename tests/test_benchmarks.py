@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from experiments.benchmarks import balancing, convolution, depthwise, kill_resume, tables
+from experiments.benchmarks import balancing, convolution, depthwise, kill_resume, questions, tables
 from mgjax.balancing import BALANCERS
 from mgjax.branches import MobileNetV2
 from mgjax.ops.depthwise import shift
@@ -82,6 +82,27 @@ def test_tables(tmp_path, capsys):
     assert "gradient boosting" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         tables.main(["--sets=wine,iris"])
+
+
+def test_questions(tmp_path, capsys):
+    pytest.importorskip("hiclass", reason="HiClass is not installed: it is in the extra bench")
+    rows = [{"text": f"f{i % 4} c{i % 4 // 2} w{i % 7}", "kind": f"k{i % 4 // 2}", "sort": f"s{i % 4}"} for i in range(120)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = [
+        "--config.preset=sentence",
+        "--config.plan.eval_batch_size=16",
+        "--config.plan.batch_size=16",
+        "--config.model.width=16",
+    ]
+    source, file = f"--source=jsonl:{tmp_path / 'rows.jsonl'}", tmp_path / "figures.json"
+    figures = questions.main([source, "--folds=2", "--seeds=0,1", f"--json={file}", "--", *small])
+    assert figures == json.loads(file.read_text())
+    for where in ("test", "folds"):
+        for model in ("mgjax", "svm", "svm_same_n-grams", "hiclass"):
+            assert figures[f"{where}_{model}_kind"] > 0.9 and figures[f"{where}_{model}_sort"] > 0.9, (where, model)
+    assert "mgjax" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        questions.main([source, "--", "--config.model.wdith=3"])
 
 
 def test_kill_resume(tmp_path, capsys):
