@@ -1,12 +1,13 @@
-"""Texts at three granularities: characters, words, and the sentence as a bag of n-grams.
+"""Texts at three granularities: characters, words, and the sentence.
 
     python -m experiments.text_mg --config.data.source=trec:DIR      # questions, 6 → 50 classes
     python -m experiments.text_mg --config.data.source=csv:FILE      # a column 'text', one per level
     python -m experiments.text_mg --workdir=W --predict="Who wrote Hamlet?"
 
-Presets (`--config.preset`): `fused`, all three, each with classifiers of its own beside those that read the fusion;
-`characters`, `words`, `sentence`: one alone. Words are read by separable convolutions, by a transformer or by the mean of their
-embeddings (`--config.model.words`).
+Presets (`--config.preset`): `bags`, each granularity a bag of n-grams, of characters, of words, and of words with the first
+ones of the text, read by one classifier per level; `fused`, sequences of characters and words and one bag of all n-grams, each
+with classifiers of its own beside those that read the fusion; `characters`, `words`, `sentence`: one of these alone. Sequences
+of words are read by separable convolutions, by a transformer or by the mean of their embeddings (`--config.model.words`).
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from mgjax.metrics import ClassificationMetrics, Metrics, MultiLabelMetrics
 from mgjax.model import MultiGranularityModel
 from mgjax.taxonomy import Taxonomy
 
-PRESETS = {"fused": ("characters", "words", "sentence"), "characters": ("characters",), "words": ("words",)}
-PRESETS |= {"sentence": ("sentence",)}
+PRESETS = {name: ("characters", "words", "sentence") for name in ("bags", "fused")}
+PRESETS |= {name: (name,) for name in ("characters", "words", "sentence")}
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     characters: int = key(160, "characters that are read of a text", low=1)
     length: int = key(40, "words that are read of a text", low=1)
-    ngrams: tuple[int, ...] = key((1, 3), "shortest and longest n-gram of words in the sentence's bag", low=1)
-    subwords: tuple[int, ...] = key((3, 5), "shortest and longest n-gram of characters in it (0,0: none)", low=0)
-    anchors: int = key(2, "first words of a text with which each later one is paired in it (0: none)", low=0)
+    ngrams: tuple[int, ...] = key((1, 3), "shortest and longest n-gram of words in bags", low=1)
+    subwords: tuple[int, ...] = key((3, 5), "shortest and longest n-gram of characters in them (0,0: none)", low=0)
+    anchors: int = key(2, "first words of a text with which each later one is paired in them (0: none)", low=0)
     buckets: int = key(1 << 16, "into which n-grams are hashed", low=2)
     words: str = key("conv", "what reads words", choices=("conv", "transformer", "mean"))
     embedding: int = key(128, "width of characters and words", low=1)
-    width: int = key(128, "of what convolutions see, and of the sentence", low=1)
+    width: int = key(128, "of what convolutions see, and of bags", low=1)
     depth: int = key(1, "convolutions of words, or blocks of the transformer", low=1)
     fusion: str = key("concat", "of the granularities", choices=tuple(FUSIONS))
     fusion_width: int = key(256, "of the fused vector", low=1)
@@ -54,50 +55,60 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
-    preset: str = key("fused", "what is seen", choices=tuple(PRESETS))
+    preset: str = key("bags", "what is seen, and how", choices=tuple(PRESETS))
     data: TextConfig = TextConfig()
     model: ModelConfig = ModelConfig()
 
 
 RECIPE = {
     "plan.kind": "joint",
-    "plan.joint": 20.0,
+    "plan.joint": 12.0,
     "plan.batch_size": 64,
     "plan.eval_batch_size": 100,
     "optim.name": "adamw",
-    "optim.learning_rate": 1e-3,
-    "optim.weight_decay": 0.05,
+    "optim.learning_rate": 3e-3,
+    "optim.weight_decay": 0.0,
     "smoothing": 0.1,
 }
 
 
-def views_of(config: ModelConfig) -> dict:
-    sentence = Sentence(tuple(config.ngrams), tuple(config.subwords), config.anchors, config.buckets, 512)
-    return {"characters": Characters(config.characters), "words": Words(config.length), "sentence": sentence}
+def views_of(config: Config) -> dict:
+    """Granularity → view."""
+    preset, config = config.preset, config.model
+    bag = lambda words, characters, anchors: Sentence(tuple(words), tuple(characters), anchors, config.buckets, 512)
+    if preset == "bags":
+        none, words, subwords = (0, 0), tuple(config.ngrams), tuple(config.subwords)
+        bags = {"characters": (none, subwords, 0), "words": (words, none, 0), "sentence": (none, none, config.anchors)}
+        return {name: bag(*grams) for name, grams in bags.items() if grams != (none, none, 0)}
+    views = {"characters": Characters(config.characters), "words": Words(config.length)}
+    views["sentence"] = bag(config.ngrams, config.subwords, config.anchors)
+    return {name: views[name] for name in PRESETS[preset]}
 
 
 def build_model(config: Config, encoder: TextEncoder, tree: Taxonomy | None, classes: Mapping) -> MultiGranularityModel:
-    preset, config = config.preset, config.model
-    names, views, sizes = PRESETS[preset], views_of(config), encoder.sizes
-    size = lambda name: sizes[views[name].key]
+    views, bags, config = views_of(config), config.preset == "bags", config.model
+    names, size = list(views), lambda name: encoder.sizes[views[name].key]
     wide = (config.width,)
     make = {
-        "characters": lambda: TextConv(size("characters"), config.embedding, wide * 2, kernel=5),
-        "sentence": lambda: TokenMean(size("sentence"), config.width, how="root"),
-        "words": lambda: {
-            "conv": lambda: TextConv(size("words"), config.embedding, wide * config.depth),
-            "transformer": lambda: TextTransformer(size("words"), config.length, config.embedding, config.depth),
-            "mean": lambda: TokenMean(size("words"), config.embedding),
+        "characters": lambda name: TextConv(size(name), config.embedding, wide * 2, kernel=5),
+        "sentence": lambda name: TokenMean(size(name), config.width, how="root"),
+        "words": lambda name: {
+            "conv": lambda: TextConv(size(name), config.embedding, wide * config.depth),
+            "transformer": lambda: TextTransformer(size(name), config.length, config.embedding, config.depth),
+            "mean": lambda: TokenMean(size(name), config.embedding),
         }[config.words](),
     }
-    branches = {name: make[name]() for name in names}
+    branches = {name: make["sentence" if bags else name](name) for name in names}
     granularities = [Granularity(n, n, list(branches[n].feature_info)[-1], views[n]) for n in names]
     tasks = [Task(l, l, tree.size(l), l) for l in tree.levels] if tree else []
     tasks += [Task(c, c, len(labels), kind="multilabel") for c, labels in classes.items()]
-    heads = [Head(t.name, {n: "grad"}, f"{t.name}_{n}") for n in names for t in tasks]
-    if len(names) > 1:
-        heads += [Head(t.name, {FUSED: "grad"}) for t in tasks]
-    fusion = FUSIONS[config.fusion](config.fusion_width) if len(names) > 1 else None
+    fused = len(names) > 1 and not bags
+    if bags:
+        heads = [Head(t.name, dict.fromkeys(names, "grad")) for t in tasks]
+    else:
+        heads = [Head(t.name, {n: "grad"}, f"{t.name}_{n}") for n in names for t in tasks]
+        heads += [Head(t.name, {FUSED: "grad"}) for t in tasks if fused]
+    fusion = FUSIONS[config.fusion](config.fusion_width) if fused else None
     return MultiGranularityModel(
         granularities, tasks, heads, branches, fusion, config.dropout, granularity_dropout=config.granularity_dropout
     )
@@ -105,13 +116,12 @@ def build_model(config: Config, encoder: TextEncoder, tree: Taxonomy | None, cla
 
 def resolve(backend: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The recipe as values of keys, and one line that says what was chosen."""
-    return RECIPE, f"preset {given.get('preset', 'fused')}"
+    return RECIPE, f"preset {given.get('preset', 'bags')}"
 
 
 def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list]:
     """From the dataset to the figures of the summary."""
-    views = views_of(config.model)
-    data = load_texts(config.data, [views[name] for name in PRESETS[config.preset]])
+    data = load_texts(config.data, list(views_of(config).values()))
     model = build_model(config, data.encoder, data.taxonomy, data.classes)
     plan = build_plan(config.plan, model, len(data.train))
     parts = [ClassificationMetrics(data.taxonomy, model.tasks, model.heads)] if data.taxonomy else []
@@ -126,8 +136,7 @@ def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list
 
 def see(config: Config, record: Mapping, tree: Taxonomy | None, rows: Sequence[Mapping]) -> Seen:
     """New texts, as the trained model sees them."""
-    views = views_of(config.model)
-    encoder = TextEncoder([views[name] for name in PRESETS[config.preset]], record["vocabularies"])
+    encoder = TextEncoder(list(views_of(config).values()), record["vocabularies"])
     model = build_model(config, encoder, tree, record["classes"])
     return Seen(model, tree, encoder.encode([row["text"] for row in rows]), record["classes"])
 

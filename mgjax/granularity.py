@@ -208,8 +208,8 @@ class Sentence:
         for low, high in (self.words, self.characters):
             if not (0 < low <= high or low == high == 0):
                 raise DeclarationError(f"{self}: n-grams have 1 part at least, and the shortest stands first")
-        if self.words == self.characters == (0, 0) or self.buckets < 2 or self.anchors < 0:
-            raise DeclarationError(f"{self}: n-grams of words or characters are needed, 2 buckets, and no anchors below 0")
+        if (self.words == self.characters == (0, 0) and not self.anchors) or self.buckets < 2 or self.anchors < 0:
+            raise DeclarationError(f"{self}: n-grams of words or characters, or anchors, are needed, and 2 buckets")
 
     @property
     def key(self) -> str:

@@ -113,14 +113,20 @@ def test_text_as_it_is_under_eval_shape(preset, words, texts):
     chosen, _ = text_mg.resolve("cpu", {})
     given = {"preset": preset, "model.words": words, "data.source": texts}
     config = cfg.override(text_mg.Config(), chosen | given)
-    views = text_mg.views_of(config.model)
-    data = text_mg.load_texts(config.data, [views[n] for n in text_mg.PRESETS[preset]])
+    data = text_mg.load_texts(config.data, list(text_mg.views_of(config).values()))
     model = text_mg.build_model(config, data.encoder, data.taxonomy, data.classes)
     traced(model, data, build_plan(config.plan, model, len(data.train)))
 
 
-def test_text_learns_what_its_words_tell(texts, tmp_path):
-    facts = run("text_mg", tmp_path, **{"data.source": texts})
+def test_bags_of_nothing_are_no_granularities():
+    names = lambda **keys: list(text_mg.views_of(cfg.override(text_mg.Config(), {f"model.{k}": v for k, v in keys.items()})))
+    assert names() == ["characters", "words", "sentence"]
+    assert names(subwords=(0, 0)) == ["words", "sentence"] and names(anchors=0) == ["characters", "words"]
+
+
+@pytest.mark.parametrize("preset", ["bags", "fused"])
+def test_text_learns_what_its_words_tell(preset, texts, tmp_path):
+    facts = run("text_mg", tmp_path, **{"data.source": texts, "preset": preset})
     assert facts["test"]["levels"]["sort"]["accuracy"] > 0.6 and facts["test"]["inconsistency"] == 0
     assert {p["name"] for p in facts["points"]} == {"characters", "words", "sentence", "all"}
 
