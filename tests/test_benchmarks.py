@@ -86,13 +86,14 @@ def test_tables(tmp_path, capsys):
 
 def test_questions(tmp_path, capsys):
     pytest.importorskip("hiclass", reason="HiClass is not installed: it is in the extra bench")
-    rows = [{"text": f"f{i % 4} c{i % 4 // 2} w{i % 7}", "kind": f"k{i % 4 // 2}", "sort": f"s{i % 4}"} for i in range(120)]
+    rows = [{"text": f"f{i % 4} c{i % 4 // 2} w{i % 7} {i}", "kind": f"k{i % 4 // 2}", "sort": f"s{i % 4}"} for i in range(120)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     small = [
         "--config.preset=sentence",
         "--config.plan.eval_batch_size=16",
         "--config.plan.batch_size=16",
         "--config.model.width=16",
+        "--config.plan.joint=40",
     ]
     source, file = f"--source=jsonl:{tmp_path / 'rows.jsonl'}", tmp_path / "figures.json"
     figures = questions.main([source, "--folds=2", "--seeds=0,1", f"--json={file}", "--", *small])

@@ -260,3 +260,12 @@ def test_what_is_no_token_is_refused(name):
     if name == "transformer":
         with pytest.raises(InputError, match="got texts of 7 tokens"):
             branch.init(jax.random.key(0), jnp.ones((1, 7), jnp.int32), taps=("block1",), train=False)
+
+
+def test_texts_that_all_stand_in_the_test(tmp_path):
+    rows = [
+        {"text": "the same", "kind": f"k{i % 2}", "split": s} for i, s in enumerate(("train", "train", "validation", "test"))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match="no text of train is left"):
+        load_texts(TextConfig(source=f"jsonl:{tmp_path / 'rows.jsonl'}"), VIEWS)

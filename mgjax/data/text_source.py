@@ -134,6 +134,8 @@ def _split(table: _Table, config: TextConfig) -> dict[str, list[int]]:
     kept = {s: [i for i in at if s == "test" or table.texts[i] not in known] for s, at in rows.items()}
     if gone := sum(map(len, rows.values())) - sum(map(len, kept.values())):
         print(f"{config.source}: {gone} training texts stand in the test too: left out")
+    if empty := [s for s, at in kept.items() if not at]:
+        raise DataError(f"{config.source}: no text of {empty[0]} is left, for all of them stand in the test too")
     return kept
 
 
