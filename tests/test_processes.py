@@ -75,7 +75,7 @@ def said(workdir, i=0):
     return pathlib.Path(f"{workdir}-process{i}.log").read_text(errors="replace")
 
 
-def finish(processes, workdir, timeout=600):
+def finish(processes, workdir, timeout=240):
     codes = [p.wait(timeout) for p in processes]
     return codes, "\n".join(said(workdir, i) for i in range(len(processes)))
 
