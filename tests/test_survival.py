@@ -302,10 +302,18 @@ def files_of(checkpoint):
     return sorted(str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file())
 
 
-# What half a file breaks off inside of Orbax is left to the garbage collector, which complains.
-careless = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::pytest.PytestUnhandledThreadExceptionWarning"
-)
+@pytest.fixture
+def collected():
+    """What a test leaves to the garbage collector is collected with it, and not in a test that comes later."""
+    yield
+    gc.collect()
+
+
+def careless(test):
+    """Marks a test after which the garbage collector complains of what half a file breaks off inside of Orbax."""
+    kinds = ("PytestUnraisableExceptionWarning", "PytestUnhandledThreadExceptionWarning")
+    quiet = pytest.mark.filterwarnings(*(f"ignore::pytest.{kind}" for kind in kinds))
+    return pytest.mark.usefixtures("collected")(quiet(test))
 
 
 @careless
