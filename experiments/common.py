@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +26,8 @@ from mgjax import config as cfg
 from mgjax import train
 from mgjax.config import override, to_dict
 from mgjax.cost import forward_cost
-from mgjax.data import Crop, Dataset, eval_batches, membership, train_batches
+from mgjax.data import Crop, Dataset, Subset, eval_batches, membership, train_batches
+from mgjax.decode import decode, task_log_probs
 from mgjax.errors import InputError
 from mgjax.objective import Objective
 from mgjax.taxonomy import write_taxonomy
@@ -46,6 +48,7 @@ for _name in ("workdir", "predict", "predict_from", "output", "coordinator", "nu
 
 # Keys that may change when a run is continued: they do not change its result.
 FREE = tuple(f"config.{k}" for k in ("data.dir", "data.cache_gb", "data.workers", "model.remat", "compile_cache", *train.FREE))
+EXAMPLES = 12  # that the report shows
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -258,6 +261,38 @@ def train_model(
     return facts
 
 
+def examples(config: Any, data: Dataset, model, variables: Any, augment: Callable, op) -> list[report.Example]:
+    """What the trained model says of some examples of the test split, in the first process; none without a taxonomy.
+
+    Args:
+        config: a RunConfig.
+        augment, op: as in training, and of its last stage.
+    """
+    if not distributed.is_main() or not data.taxonomy:
+        return []
+    tree, reads = data.taxonomy, dict(inputs=data.inputs, targets=data.targets, present=data.present)
+    chosen = np.random.default_rng(0).permutation(len(data.test))[:EXAMPLES]
+    batch = next(eval_batches(Subset(data.test, chosen, data.test.name), tree, batch_size=len(chosen), **reads))
+    batch = batch.replace(index=chosen)
+    say = jax.jit(lambda v, x, p: model.apply(v, x, op, present=p, train=False))
+    outputs = say(variables, augment.normalise(batch).inputs, batch.present)
+    said = task_log_probs(outputs, model.heads, model.tasks)
+    path = jax.device_get(decode({t.level: said[t.name] for t in model.tasks if t.name in said}, tree, config.decoder))
+    # Coarse to fine; JAX has sorted the levels by name.
+    names = {l: own for l, own in zip(tree.levels, tree.names) if l in path.labels}
+    return [
+        report.Example(
+            shown=shown,
+            index=int(batch.index[i]),
+            truth={l: own[batch.targets[l][i]] if batch.targets[l][i] >= 0 else None for l, own in names.items()},
+            answer={l: own[path.labels[l][i]] for l, own in names.items()},
+            probability={l: float(np.exp(path.log_probs[l][i, path.labels[l][i]])) for l in names},
+        )
+        for i, shown in enumerate(data.show(batch))
+        if batch.mask[i]
+    ]
+
+
 def main(
     name: str, base: Any, resolve: Callable, train_and_test: Callable, recipes: Iterable[Mapping], see: Callable, column: str
 ) -> None:
@@ -309,8 +344,9 @@ def show(summary: dict) -> None:
             # A level that no head answers has no raw figures.
             table.add_row(level, *("–" if s is None else f"{s:.2%}" for s in shares), f"{v['ece']:.4f}")
         console.print(table)
+        named = {m: m.replace("_", "-") + (" (the answer)" if m == test.get("decoder") else "") for m in test["decoders"]}
         decoders = ", ".join(
-            f"{m.replace('_', '-')} {v['full_path_accuracy']:.2%} ({'/'.join(f'{a:.2%}' for a in v['accuracy'].values())})"
+            f"{named[m]} {v['full_path_accuracy']:.2%} ({'/'.join(f'{a:.2%}' for a in v['accuracy'].values())})"
             for m, v in test["decoders"].items()
         )
         console.print(

@@ -76,8 +76,9 @@ def read(path: pathlib.Path) -> Run:
         raise InputError(f"'{path}' does not exist: name the workdir of a finished run, or its summary.json")
     summary = _load(source)
     test = summary.get("test") if isinstance(summary, dict) else None
-    if not isinstance(test, dict) or not isinstance(test.get("levels"), dict) or "examples" not in test:
-        raise InputError(f"'{source}' is no summary of a classification run: it has no test figures per level")
+    told = isinstance(test, dict) and "examples" in test
+    if not told or not any(isinstance(test.get(k), dict) for k in ("levels", "tasks")):
+        raise InputError(f"'{source}' is no summary of a run: it has no test figures, neither of levels nor of other tasks")
     config = summary.get("config")
     record = source.with_name("config.json")
     if config is None and record.exists():
@@ -89,14 +90,15 @@ def read(path: pathlib.Path) -> Run:
 
 def figures(summary: Mapping) -> dict[str, float]:
     """The figures of a summary that can be compared, flat: costs, `LEVEL/accuracy`, `LEVEL/raw_accuracy` and so on of the test,
-    and `LEVEL/validation`, the accuracy on validation at the end."""
+    `LEVEL/validation`, the accuracy on validation at the end, and `TASK/METRIC` of the test."""
     test = summary["test"]
     found = {k: summary.get(k) for k in ("params", "train_flops", "seconds")}
-    for level, v in test["levels"].items():
+    for level, v in test.get("levels", {}).items():
         found |= {f"{level}/{k}": v.get(k) for k in ("accuracy", "raw_accuracy")}
     stages = summary.get("stages") or [{}]
     validation = (stages[-1].get("val") or {}).get("levels", {})
     found |= {f"{level}/validation": v.get("accuracy") for level, v in validation.items()}
+    found |= {f"{task}/{k}": v for task, own in test.get("tasks", {}).items() for k, v in own.items()}
     found |= {k: test.get(k) for k in ("full_path_accuracy", "mistake_severity", "tree_distance")}
     return {k: v for k, v in found.items() if isinstance(v, (int, float))}
 
@@ -137,8 +139,12 @@ def group(runs: Sequence[Run]) -> list[dict]:
     return result
 
 
-def columns(groups: Sequence[Mapping], levels: Sequence[str]) -> list[Column]:
-    """Those columns for which some group has a figure."""
+def columns(groups: Sequence[Mapping], levels: Sequence[str], tasks: Mapping[str, Sequence[str]] | None = None) -> list[Column]:
+    """Those columns for which some group has a figure.
+
+    Args:
+        tasks: task → names of its metrics, beside the levels.
+    """
     share = lambda v, s: f"{v:.2%}" if s is None else f"{100 * v:.2f} ± {100 * s:.2f}%"
     plain = lambda v, s: f"{v:.3f}" if s is None else f"{v:.3f} ± {s:.3f}"
     cost = lambda how: lambda v, s: how(v) if not s else f"{how(v)} ± {how(s)}"
@@ -153,6 +159,11 @@ def columns(groups: Sequence[Mapping], levels: Sequence[str]) -> list[Column]:
             Column(f"{level}/raw_accuracy", "raw", share, higher=True, beneath=True),
             Column(f"{level}/validation", "validation", share, higher=True, beneath=True),
         ]
+    for task, metrics in (tasks or {}).items():
+        for i, metric in enumerate(metrics):
+            exact = lambda v, s: f"{v:.4f}" if s is None else f"{v:.4f} ± {s:.4f}"
+            title, error = metric if i else f"{task} {metric}", metric.startswith(("rmse", "mae"))
+            wanted.append(Column(f"{task}/{metric}", title, exact, higher=not error, beneath=i > 0))
     wanted += [
         Column("full_path_accuracy", "full path", share, higher=True),
         Column("mistake_severity", "severity", plain),
@@ -201,9 +212,18 @@ def levels_of(runs: Sequence[Run]) -> list[str]:
     """All levels, coarse to fine: who is right at a finer level is right at the coarser ones, decoded answers being paths."""
     accuracy: dict[str, float] = {}
     for run in runs:
-        for level in run.summary["test"]["levels"]:
+        for level in run.summary["test"].get("levels", {}):
             accuracy.setdefault(level, run.figures.get(f"{level}/accuracy", 0.0))
     return sorted(accuracy, key=lambda l: -accuracy[l])
+
+
+def tasks_of(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """All tasks beside the levels, with the names of their metrics."""
+    found: dict[str, dict] = {}
+    for run in runs:
+        for task, own in run.summary["test"].get("tasks", {}).items():
+            found.setdefault(task, {}).update(dict.fromkeys(own))
+    return {task: list(names) for task, names in found.items()}
 
 
 def show(runs: Sequence[Run], groups: Sequence[Mapping], shown: Sequence[Column]) -> None:
@@ -271,8 +291,10 @@ def compare(paths: Sequence[pathlib.Path], plot: pathlib.Path | None = None, out
     runs = [read(p) for p in paths]
     check_comparable(runs)
     levels = levels_of(runs)
+    if plot and not levels:
+        raise InputError("--plot draws accuracies of levels, and these runs have none: leave it out")
     groups = group(runs)
-    shown = columns(groups, levels)
+    shown = columns(groups, levels, tasks_of(runs))
     show(runs, groups, shown)
     said = record(runs, groups, shown)
     if plot:
@@ -322,10 +344,10 @@ def _test_set(run: Run) -> str:
     """What a run was tested on, in words."""
     examples, dataset = run.summary["test"]["examples"], run.summary.get("dataset")
     config = run.config or {}
-    told = {k: config.get(k, usual) for k, usual in (("data.limit", 0), ("data.seed", 0), ("data.test", 0.2))}
+    usual = {"data.limit": 0, "data.seed": 0, "data.test": 0.2, "data.folds": 0, "data.fold": 1, "data.cold": 0.0}
     if str(dataset).startswith("tfds:"):  # its test split is what was published
-        told = {"data.limit": told["data.limit"]}
-    chosen = ", ".join(f"{k}={v}" for k, v in told.items() if v not in (0, 0.2))
+        usual = {"data.limit": 0}
+    chosen = ", ".join(f"{k}={config[k]}" for k, v in usual.items() if str(config.get(k, v)) != str(v))
     return f"{dataset}, {examples:,} examples" + (f", {chosen}" if chosen else "")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mgjax.branches import MLP
 from mgjax.config import ConfigError, key
+from mgjax.decode import METHODS
 from mgjax.granularity import FUSED, Encoded, OperatingPoint
 from mgjax.model import MultiGranularityModel
 from mgjax.objective import ObjectiveConfig
@@ -43,6 +44,7 @@ class RunConfig(TrainConfig):
     preset: str = key("auto", "how granularities are composed")
     seed: int = key(0, "of initialisation, order and augmentation")
     smoothing: float = key(0.1, "label smoothing", low=0, high=0.99)
+    decoder: str = key("combined", "of the answer: how it is made of what the heads of all levels say", choices=METHODS)
     objective: ObjectiveConfig = ObjectiveConfig()
     plan: PlanConfig = PlanConfig()
     compile_cache: str = key(

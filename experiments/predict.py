@@ -30,24 +30,24 @@ from mgjax.taxonomy import Taxonomy, read_taxonomy
 from mgjax.train import load_variables
 
 ROWS = 256  # of a batch
+PRESENT = "present/"
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """Examples as a model sees them.
+    """A trained run's model, and how it sees new examples.
 
     Attributes:
         model, taxonomy: of the run.
-        inputs: `Batch.inputs`, ready for the model.
+        encode: rows → `Batch.inputs`, ready for the model, and, as `present/GRANULARITY`, bool [B] of granularities that not
+            all examples have.
         labels: task → names of its labels, of which an example has any number.
-        present: granularity → bool [B]; one that is missing here is present everywhere.
     """
 
     model: nn.Module
     taxonomy: Taxonomy | None
-    inputs: Mapping[str, np.ndarray]
+    encode: Callable[[Sequence[Mapping]], Mapping[str, np.ndarray]]
     labels: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-    present: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def answer(
@@ -64,7 +64,7 @@ def answer(
 
     Args:
         base: config with defaults.
-        see: (config, what the run recorded of its dataset, its taxonomy, rows) → Seen.
+        see: (config, what the run recorded of its dataset, its taxonomy) → Seen.
         column: of a row, that a single example of the command line fills; empty: it names columns itself.
         workdir: of a run that is finished.
         examples, source, output: as on the command line.
@@ -99,12 +99,13 @@ def answer(
     config = made["config"]
     config = override(base, {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
     tree = read_taxonomy(workdir / "taxonomy.json") if (workdir / "taxonomy.json").exists() else None
-    variables, said, apply = load_variables(workdir), [], None
+    seen, variables, said = see(config, record, tree), load_variables(workdir), []
+    apply = jax.jit(lambda v, x, p: seen.model.apply(v, x, seen.model.everything, present=p, train=False))
     for start in range(0, len(rows), ROWS):
-        seen = see(config, record, tree, rows[start : start + ROWS])
-        if apply is None:  # compiled once for all batches of one size
-            apply = jax.jit(lambda v, x, p, model=seen.model: model.apply(v, x, model.everything, present=p, train=False))
-        said += _say(seen, apply(variables, dict(seen.inputs), dict(seen.present)), len(rows[start : start + ROWS]))
+        made = seen.encode(rows[start : start + ROWS])
+        present = {k.removeprefix(PRESENT): v for k, v in made.items() if k.startswith(PRESENT)}
+        outputs = apply(variables, {k: v for k, v in made.items() if not k.startswith(PRESENT)}, present)
+        said += _say(seen, config.decoder, outputs, len(rows[start : start + ROWS]))
     result = [dict(row) | own for row, own in zip(rows, said)]
     if output:
         _write(pathlib.Path(output), result)
@@ -115,13 +116,14 @@ def answer(
     return result
 
 
-def _say(seen: Seen, outputs: Outputs, count: int) -> list[dict]:
+def _say(seen: Seen, decoder: str, outputs: Outputs, count: int) -> list[dict]:
     """By example: level → name and level_probability; task → its number, or its labels."""
     model = seen.model
     rows: list[dict] = [{} for _ in range(count)]
     said = task_log_probs(outputs, model.heads, [t for t in model.tasks if t.kind == "classification"])
     if said:
-        path = jax.device_get(decode({t.level: said[t.name] for t in model.tasks if t.name in said}, seen.taxonomy))
+        raw = {t.level: said[t.name] for t in model.tasks if t.name in said}
+        path = jax.device_get(decode(raw, seen.taxonomy, decoder))
         for level in (l for l in seen.taxonomy.levels if l in path.labels):
             names = seen.taxonomy.names[seen.taxonomy.index(level)]
             for i, row in enumerate(rows):

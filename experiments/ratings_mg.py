@@ -120,14 +120,13 @@ def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list
     return over_folds(config, workdir, meta, one), []
 
 
-def see(config: Config, record: Mapping, tree: Taxonomy | None, rows: Sequence[Mapping]) -> Seen:
+def see(config: Config, record: Mapping, tree: Taxonomy | None) -> Seen:
     """New pairs, as the trained model sees them."""
     encoder = RatingsEncoder.restored(record["encoder"])
     labels = {"seen": ["seen"]} if "seen" in record["targets"] else {}
     model = build_model(config, encoder, record["bounds"], record["center"], record["spread"], bool(labels))
-    made = encoder.read(rows)
-    present = {k.partition("/")[2]: v for k, v in made.items() if k.startswith("present/")}
-    return Seen(model, tree, {k: made[k] for k in record["inputs"]}, labels, present)
+    wanted = lambda key: key in record["inputs"] or key.startswith("present/")
+    return Seen(model, tree, lambda rows: {k: v for k, v in encoder.read(rows).items() if wanted(k)}, labels)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ WORDS = {
 }
 SHARES = ("full_path_accuracy", "raw_inconsistency", "inconsistency")
 DECODERS = {
-    "combined": "combined (the answer)",
+    "combined": "combined",
+    "product": "product of all levels",
     "lifted": "finest, lifted",
     "top_down": "top down",
 }
@@ -47,17 +48,17 @@ DECODERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One test image with what the model said.
+    """One test example with what the model said.
 
     Attributes:
-        image: uint8 [H, W, 3], RGB.
+        shown: an image, uint8 [H, W, 3], RGB, or a text.
         index: of the example in the test split.
         truth: level → name, None where the label is unknown.
         answer: level → name of the decoded answer.
         probability: level → probability of that answer.
     """
 
-    image: np.ndarray
+    shown: np.ndarray | str
     index: int
     truth: Mapping[str, str | None]
     answer: Mapping[str, str]
@@ -279,7 +280,7 @@ def _examples(examples: Sequence[Example]) -> str:
     cards = "".join(_card(e) for e in examples)
     return markup.section(
         "Examples",
-        "Test images with the decoded answer and its probability at each level; beneath a wrong answer, the truth.",
+        "Test examples with the decoded answer and its probability at each level; beneath a wrong answer, the truth.",
         f'<div class="examples">{cards}</div>',
     )
 
@@ -302,10 +303,14 @@ def _card(example: Example) -> str:
             + (f'<span class="truth">true: {breakable(truth)}</span>' if outcome == "wrong" else "")
             + "</div>"
         )
-    tiny = ' class="tiny"' if max(example.image.shape[:2]) < 96 else ""
+    if isinstance(example.shown, str):
+        shown, kind_shown = f"<blockquote>{breakable(example.shown)}</blockquote>", "text"
+    else:
+        tiny = ' class="tiny"' if max(example.shown.shape[:2]) < 96 else ""
+        shown = f'<img{tiny} alt="test image {example.index}, true {escape(path)}" src="{image_uri(example.shown)}">'
+        kind_shown = "image"
     return (
-        f'<article class="example"><div><img{tiny} alt="test image {example.index}, true {escape(path)}" '
-        f'src="{image_uri(example.image)}"><div class="index">image {example.index}</div></div>'
+        f'<article class="example {kind_shown}"><div>{shown}<div class="index">{kind_shown} {example.index}</div></div>'
         f'<div><div class="verdict {kind}">{escape(verdict)}</div>{rows}</div></article>\n'
     )
 
@@ -368,13 +373,14 @@ def _reliability(summary: Mapping, levels: Sequence[str]) -> str:
 
 
 def _decoders(summary: Mapping, levels: Sequence[str]) -> str:
-    decoders = (summary.get("test") or {}).get("decoders") or {}
+    test = summary.get("test") or {}
+    decoders, answer = test.get("decoders") or {}, test.get("decoder", "combined")
     if not decoders:
         return ""
     shown = [l for l in levels if any(l in v.get("accuracy", {}) for v in decoders.values())]
     rows = [
         (
-            DECODERS.get(name, name.replace("_", " ")),
+            DECODERS.get(name, name.replace("_", " ")) + (" (the answer)" if name == answer else ""),
             *(markup.share(v.get("accuracy", {}).get(l)) for l in shown),
             markup.share(v.get("full_path_accuracy")),
         )

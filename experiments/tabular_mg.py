@@ -104,7 +104,7 @@ def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list
     """From the dataset to the figures of the summary."""
     data = load_columns(config.data, list(dict.fromkeys(views_of(config).values())))
     model = build_model(config, data.encoder, data.taxonomy, data.centers, data.spreads)
-    parts = [ClassificationMetrics(data.taxonomy, model.tasks, model.heads)] if data.taxonomy else []
+    parts = [ClassificationMetrics(data.taxonomy, model.tasks, model.heads, config.decoder)] if data.taxonomy else []
     parts += [RegressionMetrics(model.tasks, model.heads, data.centers)] if data.targets else []
     plan = build_plan(config.plan, model, len(data.train))
     facts = common.train_model(
@@ -114,14 +114,17 @@ def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list
     return facts, []
 
 
-def see(config: Config, record: Mapping, tree: Taxonomy | None, rows: Sequence[Mapping]) -> Seen:
+def see(config: Config, record: Mapping, tree: Taxonomy | None) -> Seen:
     """New rows, as the trained model sees them."""
     encoder = ColumnEncoder(record["numbers"], record["categories"], record["left_out"])
     model = build_model(config, encoder, tree, record["centers"], record["spreads"])
-    known = [*encoder.numbers, *encoder.categories]
-    table = {c: [row.get(c) for row in rows] for c in known}
-    encoded = {v: encoder.encode(table, v) for v in dict.fromkeys(views_of(config).values())}
-    return Seen(model, tree, {f"{v.key}/{kind}": a for v, made in encoded.items() for kind, a in made.items()})
+
+    def encode(rows: Sequence[Mapping]) -> dict:
+        table = {c: [row.get(c) for row in rows] for c in (*encoder.numbers, *encoder.categories)}
+        encoded = {v: encoder.encode(table, v) for v in dict.fromkeys(views_of(config).values())}
+        return {f"{v.key}/{kind}": a for v, made in encoded.items() for kind, a in made.items()}
+
+    return Seen(model, tree, encode)
 
 
 if __name__ == "__main__":

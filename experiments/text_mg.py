@@ -4,23 +4,24 @@
     python -m experiments.text_mg --config.data.source=csv:FILE      # a column 'text', one per level
     python -m experiments.text_mg --workdir=W --predict="Who wrote Hamlet?"
 
-Presets (`--config.preset`): `bags`, each granularity a bag of n-grams, of characters, of words, and of words with the first
-ones of the text, read by one classifier per level; `fused`, sequences of characters and words and one bag of all n-grams, each
-with classifiers of its own beside those that read the fusion; `characters`, `words`, `sentence`: one of these alone. Sequences
-of words are read by separable convolutions, by a transformer or by the mean of their embeddings (`--config.model.words`).
+Presets (`--config.preset`): `bags`, bags of n-grams, of characters, of words, of the first phrase, and of words with the first
+ones of the text, each weighed by how rare it is, read by one linear classifier per level; `fused`, sequences of characters and
+words and one bag of all n-grams, each with classifiers of its own beside those that read the fusion; `characters`, `words`,
+`sentence`: one of these alone. Sequences of words are read by separable convolutions, by a transformer or by the mean of their
+embeddings (`--config.model.words`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from experiments import common
 from experiments.plans import RunConfig, build_plan, points_of
 from experiments.predict import Seen
-from mgjax.branches import TextConv, TextTransformer, TokenMean
+from mgjax.branches import TextConv, TextTransformer, TokenCounts, TokenMean
 from mgjax.config import key
 from mgjax.data.text import TextEncoder, TokenDropout
 from mgjax.data.text_source import TextConfig, load_texts
@@ -30,7 +31,7 @@ from mgjax.metrics import ClassificationMetrics, Metrics, MultiLabelMetrics
 from mgjax.model import MultiGranularityModel
 from mgjax.taxonomy import Taxonomy
 
-PRESETS = {name: ("characters", "words", "sentence") for name in ("bags", "fused")}
+PRESETS = {"bags": ("characters", "words", "phrases", "sentence"), "fused": ("characters", "words", "sentence")}
 PRESETS |= {name: (name,) for name in ("characters", "words", "sentence")}
 
 
@@ -41,10 +42,11 @@ class ModelConfig:
     ngrams: tuple[int, ...] = key((1, 3), "shortest and longest n-gram of words in bags", low=1)
     subwords: tuple[int, ...] = key((3, 5), "shortest and longest n-gram of characters in them (0,0: none)", low=0)
     anchors: int = key(2, "first words of a text with which each later one is paired in them (0: none)", low=0)
+    phrases: int = key(1, "first phrases, runs of words that are not common, that bags tell of by themselves (0: none)", low=0)
     buckets: int = key(1 << 16, "into which n-grams are hashed", low=2)
     words: str = key("conv", "what reads words", choices=("conv", "transformer", "mean"))
     embedding: int = key(128, "width of characters and words", low=1)
-    width: int = key(128, "of what convolutions see, and of bags", low=1)
+    width: int = key(128, "of what convolutions see, and of the bag of fused", low=1)
     depth: int = key(1, "convolutions of words, or blocks of the transformer", low=1)
     fusion: str = key("concat", "of the granularities", choices=tuple(FUSIONS))
     fusion_width: int = key(256, "of the fused vector", low=1)
@@ -68,37 +70,38 @@ RECIPE = {
     "optim.name": "adamw",
     "optim.learning_rate": 3e-3,
     "optim.weight_decay": 0.0,
-    "smoothing": 0.1,
+    "decoder": "product",
 }
+LINEAR = {"optim.name": "sgd", "optim.learning_rate": 5.0, "model.dropout": 0.0, "model.token_dropout": 0.4}  # of bags
 
 
 def views_of(config: Config) -> dict:
     """Granularity → view."""
     preset, config = config.preset, config.model
-    bag = lambda words, characters, anchors: Sentence(tuple(words), tuple(characters), anchors, config.buckets, 512)
+    words, characters, hashed = tuple(config.ngrams), tuple(config.subwords), {"buckets": config.buckets, "length": 512}
     if preset == "bags":
-        none, words, subwords = (0, 0), tuple(config.ngrams), tuple(config.subwords)
-        bags = {"characters": (none, subwords, 0), "words": (words, none, 0), "sentence": (none, none, config.anchors)}
-        return {name: bag(*grams) for name, grams in bags.items() if grams != (none, none, 0)}
+        bag = lambda words=(0, 0), characters=(0, 0), *more: Sentence(words, characters, *more, weighed=True, **hashed)
+        views = {"characters": bag((0, 0), characters)} if characters[1] else {}
+        views |= {"words": bag(words)} | ({"phrases": bag((0, 0), (0, 0), 0, config.phrases)} if config.phrases else {})
+        return views | ({"sentence": bag((0, 0), (0, 0), config.anchors)} if config.anchors else {})
     views = {"characters": Characters(config.characters), "words": Words(config.length)}
-    views["sentence"] = bag(config.ngrams, config.subwords, config.anchors)
+    views["sentence"] = Sentence(words, characters, config.anchors, **hashed)
     return {name: views[name] for name in PRESETS[preset]}
 
 
 def build_model(config: Config, encoder: TextEncoder, tree: Taxonomy | None, classes: Mapping) -> MultiGranularityModel:
     views, bags, config = views_of(config), config.preset == "bags", config.model
     names, size = list(views), lambda name: encoder.sizes[views[name].key]
-    wide = (config.width,)
     make = {
-        "characters": lambda name: TextConv(size(name), config.embedding, wide * 2, kernel=5),
+        "characters": lambda name: TextConv(size(name), config.embedding, (config.width,) * 2, kernel=5),
         "sentence": lambda name: TokenMean(size(name), config.width, how="root"),
         "words": lambda name: {
-            "conv": lambda: TextConv(size(name), config.embedding, wide * config.depth),
+            "conv": lambda: TextConv(size(name), config.embedding, (config.width,) * config.depth),
             "transformer": lambda: TextTransformer(size(name), config.length, config.embedding, config.depth),
             "mean": lambda: TokenMean(size(name), config.embedding),
         }[config.words](),
     }
-    branches = {name: make["sentence" if bags else name](name) for name in names}
+    branches = {name: TokenCounts(size(name)) if bags else make[name](name) for name in names}
     granularities = [Granularity(n, n, list(branches[n].feature_info)[-1], views[n]) for n in names]
     tasks = [Task(l, l, tree.size(l), l) for l in tree.levels] if tree else []
     tasks += [Task(c, c, len(labels), kind="multilabel") for c, labels in classes.items()]
@@ -116,7 +119,8 @@ def build_model(config: Config, encoder: TextEncoder, tree: Taxonomy | None, cla
 
 def resolve(backend: str, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The recipe as values of keys, and one line that says what was chosen."""
-    return RECIPE, f"preset {given.get('preset', 'bags')}"
+    preset = given.get("preset", "bags")
+    return RECIPE | (LINEAR if preset == "bags" else {}), f"preset {preset}"
 
 
 def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list]:
@@ -124,22 +128,22 @@ def train(config: Config, workdir: pathlib.Path, meta: dict) -> tuple[dict, list
     data = load_texts(config.data, list(views_of(config).values()))
     model = build_model(config, data.encoder, data.taxonomy, data.classes)
     plan = build_plan(config.plan, model, len(data.train))
-    parts = [ClassificationMetrics(data.taxonomy, model.tasks, model.heads)] if data.taxonomy else []
+    parts = [ClassificationMetrics(data.taxonomy, model.tasks, model.heads, config.decoder)] if data.taxonomy else []
     parts += [MultiLabelMetrics(model.tasks, model.heads)] if data.classes else []
+    dropout = TokenDropout(config.model.token_dropout)
     facts = common.train_model(
         config, data, model, plan, points_of(model), workdir, meta,
-        augment=TokenDropout(config.model.token_dropout), metrics=Metrics(parts),
+        augment=dropout, metrics=Metrics(parts),
     )  # fmt: skip
-    facts.pop("variables")
-    return facts, []
+    return facts, common.examples(config, data, model, facts.pop("variables"), dropout, plan[-1].op)
 
 
-def see(config: Config, record: Mapping, tree: Taxonomy | None, rows: Sequence[Mapping]) -> Seen:
+def see(config: Config, record: Mapping, tree: Taxonomy | None) -> Seen:
     """New texts, as the trained model sees them."""
-    encoder = TextEncoder(list(views_of(config).values()), record["vocabularies"])
+    encoder = TextEncoder(list(views_of(config).values()), record["vocabularies"], record["frequencies"])
     model = build_model(config, encoder, tree, record["classes"])
-    return Seen(model, tree, encoder.encode([row["text"] for row in rows]), record["classes"])
+    return Seen(model, tree, lambda rows: encoder.encode([row["text"] for row in rows]), record["classes"])
 
 
 if __name__ == "__main__":
-    common.main("text_mg", Config(), resolve, train, [RECIPE], see, "text")
+    common.main("text_mg", Config(), resolve, train, [RECIPE, LINEAR], see, "text")

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from experiments import common, report
+from experiments import common
 from experiments.plans import RunConfig, build_plan, points_of
 from experiments.predict import Seen
 from mgjax.branches import MLP, NAMED_BRANCHES, Branch, ConvNet, ResNet, SeparableNet, ViT
@@ -35,9 +35,8 @@ from mgjax.branches.base import scale_width
 from mgjax.branches.resnet import DOWNSAMPLES, STEMS
 from mgjax.config import ConfigError, key
 from mgjax.contracts import Batch
-from mgjax.data import Augment, AugmentConfig, Crop, DataConfig, DecodeError, Subset, eval_batches, load_dataset
+from mgjax.data import Augment, AugmentConfig, Crop, DataConfig, DecodeError, load_dataset
 from mgjax.data.images import decode_rgb, fit
-from mgjax.decode import decode, task_log_probs
 from mgjax.errors import InputError
 from mgjax.fusion import FUSIONS, Fusion
 from mgjax.granularity import (
@@ -58,11 +57,9 @@ from mgjax.metrics import ClassificationMetrics
 from mgjax.model import MultiGranularityModel
 from mgjax.projection import GranularityProjection
 from mgjax.taxonomy import Taxonomy
-from mgjax.train import distributed
 from mgjax.views import scaled
 
 BRANCHES = (*NAMED_BRANCHES, "resnet", "conv", "separable", "mlp")
-EXAMPLES = 12  # that the report shows
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -258,30 +255,26 @@ def train(
                 )
     side = config.augment.size or data.image_shape[0]
     crop = lambda stage: Crop(side, config.augment.crop, config.seed, float(stage.augment)) if stage.augment else None
-    metrics = ClassificationMetrics(data.taxonomy, model.tasks, model.heads)
+    metrics = ClassificationMetrics(data.taxonomy, model.tasks, model.heads, config.decoder)
     facts = common.train_model(
         config, data, model, plan, points_of(model), workdir, meta,
         augment=augment, metrics=metrics, crop=crop if on_host else lambda stage: None,
     )  # fmt: skip
-    variables = facts.pop("variables")
-    if not distributed.is_main():
-        return facts, []
-    chosen = np.random.default_rng(0).permutation(len(data.test))[:EXAMPLES]
-    batch = next(eval_batches(Subset(data.test, chosen, data.test.name), data.taxonomy, batch_size=len(chosen)))
-    return facts, _examples(model, variables, batch.replace(index=chosen), augment.normalise(batch), plan[-1].op, data.taxonomy)
+    return facts, common.examples(config, data, model, facts.pop("variables"), augment, plan[-1].op)
 
 
 def see(forms: Mapping) -> Callable:
     """What `predict.answer` needs, of an experiment with these forms: image files, fitted and normalised as the test's were."""
 
-    def seen(config: VisionConfig, record: Mapping, tree: Taxonomy, rows: Sequence[Mapping]) -> Seen:
+    def seen(config: VisionConfig, record: Mapping, tree: Taxonomy) -> Seen:
         shape = tuple(record["image_shape"])
-        model = build_model(config.model, config.preset, tree, _seen_shape(config, shape), forms)
-        images = np.stack([_read_image(row["path"], shape) for row in rows])
-        batch = Batch({"image": images}, {}, np.ones(len(rows), bool), np.arange(len(rows)))
-        return Seen(
-            model, tree, Augment.from_config(config.augment, record["mean"], record["std"], shape).normalise(batch).inputs
-        )
+        augment = Augment.from_config(config.augment, record["mean"], record["std"], shape)
+
+        def encode(rows: Sequence[Mapping]) -> Mapping:
+            images = np.stack([_read_image(row["path"], shape) for row in rows])
+            return augment.normalise(Batch({"image": images}, {}, np.ones(len(rows), bool), np.arange(len(rows)))).inputs
+
+        return Seen(build_model(config.model, config.preset, tree, _seen_shape(config, shape), forms), tree, encode)
 
     return seen
 
@@ -294,25 +287,6 @@ def _read_image(path: str, shape: Sequence[int]) -> np.ndarray:
     except DecodeError as error:
         raise InputError(f"'{path}' does not decode: {error}") from None
     return image if image.shape == tuple(shape) else fit(image, shape[0])
-
-
-def _examples(model, variables, batch, normalised, op, taxonomy) -> list[report.Example]:
-    """What the trained model says of the images of one batch."""
-    outputs = jax.jit(lambda v, x: model.apply(v, x, op, train=False))(variables, normalised.inputs)
-    said = task_log_probs(outputs, model.heads, model.tasks)
-    path = jax.device_get(decode({t.level: said[t.name] for t in model.tasks if t.name in said}, taxonomy))
-    # Coarse to fine; JAX has sorted the levels by name.
-    level_names = {l: names for l, names in zip(taxonomy.levels, taxonomy.names) if l in path.labels}
-    return [
-        report.Example(
-            image=batch.inputs["image"][i],
-            index=int(batch.index[i]),
-            truth={l: names[batch.targets[l][i]] if batch.targets[l][i] >= 0 else None for l, names in level_names.items()},
-            answer={l: names[path.labels[l][i]] for l, names in level_names.items()},
-            probability={l: float(np.exp(path.log_probs[l][i, path.labels[l][i]])) for l in level_names},
-        )
-        for i in np.flatnonzero(batch.mask)
-    ]
 
 
 def _count(model: MultiGranularityModel, inputs: Mapping) -> int:

@@ -24,7 +24,7 @@ from mgjax.granularity import (
 from mgjax.model import MultiGranularityModel
 from mgjax.taxonomy import Taxonomy
 
-__version__ = "0.7.0"
+__version__ = "0.8.0"
 __all__ = [
     "Batch",
     "Cluster",

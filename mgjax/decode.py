@@ -4,7 +4,8 @@ Over a taxonomy the answer is always a path, consistent by construction, for lea
 depth too. What is known at every level is pooled along the tree: the distribution over a node's
 children is the renormalised geometric mean of what each head that sees so deep says of it (a
 logarithmic opinion pool, Genest & Zidek 1986, doi:10.1214/ss/1177013825, applied to each
-conditional). One head alone is therefore left as it is, and evidence is not counted twice.
+conditional). One head alone is therefore left as it is, and evidence is not counted twice. Other
+methods stand beside it, for validation to choose among.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from mgjax.contracts import Array, Outputs
 from mgjax.granularity import Head, Task
 from mgjax.taxonomy import Taxonomy
 
-Method = Literal["combined", "lifted", "top_down"]
-METHODS: tuple[Method, ...] = ("combined", "lifted", "top_down")
+Method = Literal["combined", "product", "lifted", "top_down"]
+METHODS: tuple[Method, ...] = ("combined", "product", "lifted", "top_down")
 _FLOOR = 1e-30  # keeps the logarithm of a lifted probability finite in float32
 
 
@@ -61,7 +62,9 @@ def decode(log_probs: Mapping[str, Array], taxonomy: Taxonomy, method: Method = 
     Args:
         log_probs: level → [B, size(level)], for any non-empty set of levels.
         taxonomy: of those levels.
-        method: "combined" (the leaf with the most evidence from all levels), "lifted" (the
+        method: "combined" (the leaf with the most evidence from all levels), "product" (the leaf
+            for which the product of all levels' probabilities along its path is highest: a
+            product of experts, Hinton 2002, doi:10.1162/089976602760128018), "lifted" (the
             finest level's argmax, and its ancestors) or "top_down" (the best label of the
             coarsest level, then the best among its children, and so on).
 
@@ -73,7 +76,7 @@ def decode(log_probs: Mapping[str, Array], taxonomy: Taxonomy, method: Method = 
         >>> tree = Taxonomy.from_names({"super": ["a", "b"], "sub": ["a1", "a2", "b1"]}, {"sub": [0, 0, 1]})
         >>> says = {"super": np.log([[0.9, 0.1]]), "sub": np.log([[0.3, 0.3, 0.4]])}
         >>> {m: int(decode(says, tree, m).labels["super"][0]) for m in METHODS}
-        {'combined': 0, 'lifted': 1, 'top_down': 0}
+        {'combined': 0, 'product': 0, 'lifted': 1, 'top_down': 0}
     """
     if not log_probs:
         raise ValueError("nothing to decode: no level was answered")
@@ -83,9 +86,13 @@ def decode(log_probs: Mapping[str, Array], taxonomy: Taxonomy, method: Method = 
     if method == "combined":
         pooled = _pool(log_probs, tree)
         leaf = jnp.argmax(pooled[levels[-1]], -1)
-    elif method == "lifted":
-        pooled = {l: lift(log_probs[levels[-1]], levels[-1], l, tree) for l in tree.levels}
-        leaf = jnp.argmax(log_probs[levels[-1]], -1)
+    elif method in ("product", "lifted"):
+        finest = levels[-1]
+        counted = levels if method == "product" else [finest]
+        score = sum(log_probs[l][:, tree.ancestors(finest, l)] for l in counted)
+        score = jax.nn.log_softmax(score) if method == "product" else score
+        pooled = {l: lift(score, finest, l, tree) for l in tree.levels}
+        leaf = jnp.argmax(score, -1)
     elif method == "top_down":
         pooled = _top_down_probs(log_probs, tree)
         leaf = None

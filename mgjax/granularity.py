@@ -193,13 +193,26 @@ class Sentence:
         characters: shortest and longest n-gram of characters within a word, its ends marked; (0, 0): none.
         anchors: each word is paired with the first word of the text, with the first two, up to so many; 0: none. What a text
             asks stands far from what it asks about.
+        phrases: so many first phrases are told by their whole, their first and last word and the last one's n-grams of
+            characters, and the text by the words between its phrases. A phrase is a run of words none of which is common; its
+            last word is its head in English (Huang, Thint & Qin 2008, aclanthology.org/D08-1097, find it by parsing). 0: none.
+        common: share of the training texts in which a word stands to be common.
+        weighed: whether each n-gram has a weight, {"ids": int32, "weights": float32 [B, length]}: the logarithm of how few
+            training texts have it (inverse document frequency, Spärck Jones 1972, doi:10.1108/eb026526), 0 where none has.
         buckets: into which n-grams are hashed.
         length: n-grams that are kept, of words first; of longer texts the rest is cut.
+
+    Example:
+        >>> Sentence((1, 2), buckets=1 << 10).key
+        'sentence_12_00_0_0_1024_128'
     """
 
     words: tuple[int, int] = (1, 3)
     characters: tuple[int, int] = (0, 0)
     anchors: int = 0
+    phrases: int = 0
+    common: float = 0.005
+    weighed: bool = False
     buckets: int = 1 << 14
     length: int = 128
 
@@ -208,13 +221,16 @@ class Sentence:
         for low, high in (self.words, self.characters):
             if not (0 < low <= high or low == high == 0):
                 raise DeclarationError(f"{self}: n-grams have 1 part at least, and the shortest stands first")
-        if (self.words == self.characters == (0, 0) and not self.anchors) or self.buckets < 2 or self.anchors < 0:
-            raise DeclarationError(f"{self}: n-grams of words or characters, or anchors, are needed, and 2 buckets")
+        if self.words == self.characters == (0, 0) and not self.anchors and not self.phrases:
+            raise DeclarationError(f"{self}: n-grams of words or characters, anchors or phrases are needed")
+        if self.buckets < 2 or self.anchors < 0 or self.phrases < 0 or not 0 < self.common <= 1:
+            raise DeclarationError(f"{self}: 2 buckets are needed, no less than 0 anchors and phrases, and 0 < common <= 1")
 
     @property
     def key(self) -> str:
         spans = "_".join(f"{low}{high}" for low, high in (self.words, self.characters))
-        return f"sentence_{spans}_{self.anchors}_{self.buckets}_{self.length}"
+        phrases = f"{self.phrases}at{self.common:g}" if self.phrases else "0"
+        return f"sentence_{spans}_{self.anchors}_{phrases}_{self.buckets}_{self.length}" + "_weighed" * self.weighed
 
 
 @dataclasses.dataclass(frozen=True)

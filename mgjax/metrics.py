@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mgjax.contracts import Batch, Outputs
-from mgjax.decode import METHODS, decode, task_log_probs
+from mgjax.decode import METHODS, Method, decode, task_log_probs
 from mgjax.granularity import DeclarationError, Head, Task
 from mgjax.taxonomy import Taxonomy
 
@@ -38,6 +38,7 @@ class ClassificationMetrics:
     Attributes:
         taxonomy: relates the levels of the tasks.
         tasks, heads: the declarations of the model.
+        decoder: of the answer, a method of `decode`; all of them are reported.
 
     Example:
         >>> tree = Taxonomy.from_names({"class": ["a", "b", "c"]})
@@ -51,6 +52,7 @@ class ClassificationMetrics:
     taxonomy: Taxonomy
     tasks: Sequence[Task]
     heads: Sequence[Head]
+    decoder: Method = "combined"
 
     def __post_init__(self):
         # Tasks of other kinds are for other metrics.
@@ -64,7 +66,7 @@ class ClassificationMetrics:
         raw = {t.level: log_probs[t.name] for t in self.tasks if t.name in log_probs}
         truth = batch.targets | {t.level: batch.targets[t.target] for t in self.tasks}
         paths = {method: decode(raw, self.taxonomy, method) for method in METHODS}
-        path = paths["combined"]
+        path = paths[self.decoder]
         levels = [l for l in self.taxonomy.levels if l in path.labels and l in truth]
 
         sums = {"levels": {}}
@@ -144,11 +146,12 @@ class ClassificationMetrics:
             "examples": int(n),
             "levels": levels,
             **({"heads": {h: _level_figures(s) for h, s in sums["heads"].items()}} if sums["heads"] else {}),
-            "full_path_accuracy": share(sums["right_path"]["combined"], sums["known_paths"]),
+            "full_path_accuracy": share(sums["right_path"][self.decoder], sums["known_paths"]),
             "inconsistency": share(sums["inconsistent"], n),
             "raw_inconsistency": share(sums["raw_inconsistent"], n),
             "tree_distance": share(sums["distance"], sums["known_paths"]),
             "mistake_severity": share(sums["severity"], sums["mistakes"]),
+            "decoder": self.decoder,
             "decoders": {
                 method: {
                     "full_path_accuracy": share(sums["right_path"][method], sums["known_paths"]),

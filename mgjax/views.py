@@ -11,7 +11,7 @@ import math
 import jax.numpy as jnp
 
 from mgjax import ops
-from mgjax.granularity import Columns, Compose, Denoise, Encoded, Fields, Grey, Identity, Region, Resize, View
+from mgjax.granularity import Columns, Compose, Denoise, Encoded, Fields, Grey, Identity, Region, Resize, Sentence, View
 from mgjax.ops import color
 
 _FULL = Resize(1.0)
@@ -40,6 +40,8 @@ def apply_view(inputs: dict, view: View, resolution: float = 1.0):
     """
     if isinstance(view, Columns):
         return {kind: inputs[f"{view.key}/{kind}"] for kind in ("numbers", "categories")}
+    if isinstance(view, Sentence) and view.weighed:
+        return {kind: inputs[f"{view.key}/{kind}"] for kind in ("ids", "weights")}
     if isinstance(view, Fields):
         if lacking := [n for n in view.names if n not in inputs]:
             raise ValueError(f"{view} needs the input '{lacking[0]}'; the batch has {sorted(inputs)}")

@@ -89,11 +89,10 @@ def test_questions(tmp_path, capsys):
     rows = [{"text": f"f{i % 4} c{i % 4 // 2} w{i % 7} {i}", "kind": f"k{i % 4 // 2}", "sort": f"s{i % 4}"} for i in range(120)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     small = [
-        "--config.preset=sentence",
+        "--config.model.buckets=512",
         "--config.plan.eval_batch_size=16",
         "--config.plan.batch_size=16",
-        "--config.model.width=16",
-        "--config.plan.joint=40",
+        "--config.plan.joint=20",
     ]
     source, file = f"--source=jsonl:{tmp_path / 'rows.jsonl'}", tmp_path / "figures.json"
     figures = questions.main([source, "--folds=2", "--seeds=0,1", f"--json={file}", "--", *small])

@@ -147,6 +147,31 @@ def test_levels_stand_coarse_to_fine_whatever_the_order_of_the_file(make):
     assert compare.levels_of(runs) == ["coarse", "fine"]
 
 
+def test_tasks_beside_levels_and_alone(make, capsys):
+    """An error is best where it is low, a ranking where it is high; a run may have no level at all."""
+    tasks = lambda rmse, ndcg: {"levels": {}, "tasks": {"rating": {"rmse": rmse, "ndcg@10": ndcg}, "seen": {"map": 0.5}}}
+    runs = [make("a", test=tasks(0.95, 0.2)), make("b", preset="pairs", test=tasks(0.9, 0.1))]
+    for run in runs:
+        said = json.loads((run / "summary.json").read_text())
+        for key in ("levels", "full_path_accuracy", "mistake_severity", "tree_distance"):
+            del said["test"][key]
+        (run / "summary.json").write_text(json.dumps(said))
+    said = compare.compare(runs)
+    assert said["best"] | {"rating/rmse": ["pairs"], "rating/ndcg@10": ["taps"], "seen/map": []} == said["best"]
+    out = capsys.readouterr().out
+    assert "rating rmse" in out and "0.9500" in out and "0.9000*" in out and "ndcg@10 0.2000*" in out and "seen map" in out
+    with pytest.raises(InputError, match="these runs have none"):
+        compare.compare(runs, plot=runs[0] / "plot.svg")
+    both = make("c", preset="both", test={"tasks": {"age": {"mae": 3.0}}})
+    assert {"fine/accuracy", "age/mae"} <= set(compare.compare([both])["groups"][0]["mean"])
+
+
+def test_folds_are_different_test_sets(make):
+    runs = [make(name, summary={"dataset": "trec:x"}, **{"data.fold": fold}) for name, fold in (("a", "1"), ("b", "2"))]
+    with pytest.raises(InputError, match=r"b: trec:x, 1,000 examples, data.fold=2"):
+        compare.compare(runs)
+
+
 def test_missing_figures_are_dashes(make, capsys):
     runs = [
         make("a", summary={"params": None, "seconds": None, "train_flops": None}, test={"mistake_severity": None}),
@@ -217,8 +242,8 @@ def test_names_that_look_like_markup_are_shown_as_they_are(make, capsys):
         (["empty"], "'empty' has no summary.json: it is not the workdir of a run"),
         (["broken"], "'broken/summary.json' is not readable JSON"),
         (["bytes.json"], "'bytes.json' is not readable JSON"),
-        (["list.json"], "'list.json' is no summary of a classification run"),
-        (["figures.json"], "'figures.json' is no summary of a classification run"),
+        (["list.json"], "'list.json' is no summary of a run"),
+        (["figures.json"], "'figures.json' is no summary of a run"),
         (["RUN", "RUN"], "is named twice"),
         (["RUN", "--plot=plot.bmp"], "'plot.bmp'"),
         (["RUN", "--plot=absent/plot.svg"], "the plot 'absent/plot.svg' cannot be written"),

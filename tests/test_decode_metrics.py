@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import jax
@@ -65,11 +66,22 @@ def test_combined_is_the_argmax_over_all_paths_by_brute_force(uneven, rng):
         assert path.labels[levels[-1]][row] == leaf_prob.argmax()
 
 
+def test_product_is_the_argmax_over_all_paths_by_brute_force(uneven, rng):
+    said = {l: np.asarray(v, np.float64) for l, v in random_log_probs(uneven, rng, 50).items()}
+    path = decode(said, uneven, "product")
+    leaf = np.exp(sum(said[l][:, uneven.paths[:, i]] for i, l in enumerate(uneven.levels)))
+    for i, level in enumerate(uneven.levels):
+        np.testing.assert_array_equal(path.labels[level], uneven.paths[leaf.argmax(1), i])
+    leaf /= leaf.sum(1, keepdims=True)
+    np.testing.assert_allclose(np.exp(path.log_probs[uneven.levels[-1]]), leaf, rtol=1e-4, atol=1e-6)
+
+
 def test_one_head_alone_is_left_as_it_is(uneven, rng):
     finest = uneven.levels[-1]
     said = {finest: random_log_probs(uneven, rng)[finest]}
-    combined, lifted = decode(said, uneven), decode(said, uneven, "lifted")
-    np.testing.assert_allclose(combined.log_probs[finest], said[finest], atol=1e-4)
+    combined, product, lifted = (decode(said, uneven, m) for m in ("combined", "product", "lifted"))
+    for path in (combined, product, lifted):
+        np.testing.assert_allclose(path.log_probs[finest], said[finest], atol=1e-4)
     for level in uneven.levels:
         np.testing.assert_array_equal(combined.labels[level], lifted.labels[level])
 
@@ -78,7 +90,7 @@ def test_methods_differ_as_they_should():
     tree = Taxonomy.from_names({"s": ["a", "b"], "c": ["a1", "a2", "b1"]}, {"c": [0, 0, 1]})
     said = {"s": jnp.log(jnp.array([[0.6, 0.4]])), "c": jnp.log(jnp.array([[0.05, 0.05, 0.9]]))}
     label = {m: int(decode(said, tree, m).labels["s"][0]) for m in METHODS}
-    assert label == {"combined": 1, "lifted": 1, "top_down": 0}
+    assert label == {"combined": 1, "product": 1, "lifted": 1, "top_down": 0}
     with pytest.raises(ValueError, match="magic"):
         decode(said, tree, "magic")
     with pytest.raises(ValueError, match="nothing to decode"):
@@ -176,8 +188,13 @@ def test_path_figures_by_hand(evaluated):
     height = [tree.root_height if d == 0 else tree.heights[d - 1][tree.paths[t, d - 1]] for d, t in zip(depth, truth[wrong])]
     assert figures["mistake_severity"] == pytest.approx(np.mean(height))
     for method in METHODS:
-        expected = (np.asarray(decode(logits, tree, method).labels[finest]) == truth).mean()
-        assert figures["decoders"][method]["full_path_accuracy"] == pytest.approx(expected)
+        answer = np.asarray(decode(logits, tree, method).labels[finest])
+        assert figures["decoders"][method]["full_path_accuracy"] == pytest.approx((answer == truth).mean())
+        chosen = dataclasses.replace(metrics, decoder=method)
+        own = chosen.compute(chosen.update(outputs, batch))
+        assert own["decoder"] == method and own["decoders"] == figures["decoders"]
+        assert own["full_path_accuracy"] == own["levels"][finest]["accuracy"] == pytest.approx((answer == truth).mean())
+        assert own["tree_distance"] == pytest.approx(tree.distance(answer, truth).mean())
 
 
 def test_padding_and_splitting_change_nothing(evaluated):
@@ -192,6 +209,7 @@ def test_padding_and_splitting_change_nothing(evaluated):
     second = setup_metrics(tree, *padded, mask=np.arange(120) < 80)
     sums = jax.tree.map(jnp.add, first[0].update(*first[1:]), second[0].update(*second[1:]))
     got = whole[0].compute(sums)
+    assert got.pop("decoder") == expected.pop("decoder")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cifar_mg, common, digits_mg, imagenet_mg, vision
+from experiments import cifar_mg, common, digits_mg, imagenet_mg
 from experiments.plans import PLANS, build_plan, points_of
 from experiments.vision import FORMS, branch_of, build_model, taps_of
 from mgjax import Taxonomy
@@ -267,7 +267,7 @@ def test_digits_shrunk(preset, tmp_path):
     config = digits(preset=preset, **small | {"plan.batch_size": 16, "plan.eval_batch_size": 40})
     assert config.data.source == "sklearn:digits"
     facts, examples = digits_mg.train(config, tmp_path, {})
-    assert facts["test"]["examples"] == 200 and len(examples) == vision.EXAMPLES
+    assert facts["test"]["examples"] == 200 and len(examples) == common.EXAMPLES
     assert [s["name"] for s in facts["stages"]] == (["local", "global", "joint"] if preset == "fused" else ["early", "joint"])
     assert set(examples[0].answer) == {"class"} and 0 < examples[0].probability["class"] <= 1
 
@@ -504,7 +504,7 @@ def test_a_command_that_is_interrupted_continues_when_it_is_repeated(tmp_path):
     assert {"full_path_accuracy", "inconsistency", "raw_inconsistency", "tree_distance", "mistake_severity"} <= set(
         summary["test"]
     )
-    assert set(summary["test"]["decoders"]) == {"combined", "lifted", "top_down"}
+    assert set(summary["test"]["decoders"]) == {"combined", "product", "lifted", "top_down"}
     written = {"config.json", "metrics.jsonl", "checkpoints", "tensorboard", "summary.json", "report.html"}
     assert written <= {p.name for p in workdir.iterdir()}
     (workdir / "report.html").unlink()

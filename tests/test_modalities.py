@@ -93,9 +93,9 @@ def run(name, tmp_path, **given):
     meta = {"experiment": name, "config": json.loads(json.dumps(cfg.to_dict(config)))}
     tmp_path.mkdir(exist_ok=True)
     write_json(tmp_path / "config.json", meta)
-    facts, _ = module.train(config, tmp_path, meta)
+    facts, examples = module.train(config, tmp_path, meta)
     common.show({"experiment": name, "dataset": config.data.source, **facts})
-    return facts
+    return facts | {"examples": examples}
 
 
 def traced(model, data, plan):
@@ -120,20 +120,22 @@ def test_text_as_it_is_under_eval_shape(preset, words, texts):
 
 def test_bags_of_nothing_are_no_granularities():
     names = lambda **keys: list(text_mg.views_of(cfg.override(text_mg.Config(), {f"model.{k}": v for k, v in keys.items()})))
-    assert names() == ["characters", "words", "sentence"]
-    assert names(subwords=(0, 0)) == ["words", "sentence"] and names(anchors=0) == ["characters", "words"]
+    assert names() == ["characters", "words", "phrases", "sentence"]
+    assert names(subwords=(0, 0)) == ["words", "phrases", "sentence"]
+    assert names(anchors=0, phrases=0) == ["characters", "words"]
 
 
 @pytest.mark.parametrize("preset", ["bags", "fused"])
 def test_text_learns_what_its_words_tell(preset, texts, tmp_path):
     facts = run("text_mg", tmp_path, **{"data.source": texts, "preset": preset})
     assert facts["test"]["levels"]["sort"]["accuracy"] > 0.6 and facts["test"]["inconsistency"] == 0
-    assert {p["name"] for p in facts["points"]} == {"characters", "words", "sentence", "all"}
+    assert {p["name"] for p in facts["points"]} == {*text_mg.PRESETS[preset], "all"}
 
 
 def test_what_a_text_is_said_to_be(texts, tmp_path, capsys):
     """As many answers as examples, a path with a probability at every level; alone, from a file and to a file the same."""
-    run("text_mg", tmp_path, **{"data.source": texts})
+    facts = run("text_mg", tmp_path, **{"data.source": texts, "decoder": "product"})
+    assert facts["test"]["decoder"] == "product"
     ask = lambda examples=(), source="", output="": predict.answer(
         text_mg.Config(), text_mg.see, "text", tmp_path, examples, source, output
     )
@@ -144,6 +146,11 @@ def test_what_a_text_is_said_to_be(texts, tmp_path, capsys):
     assert all(0 < row["sort_probability"] <= row["kind_probability"] <= 1 for row in said)
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 3 and shown[0].startswith("f0 c0 w1 w2: k0 ") and " › s0 " in shown[0]
+    examples = facts["examples"]  # those of the report
+    assert len(examples) == common.EXAMPLES
+    for row, example in zip(ask([e.shown for e in examples]), examples):
+        assert {l: row[l] for l in ("kind", "sort")} == example.answer
+        assert row["sort_probability"] == pytest.approx(example.probability["sort"], abs=1e-4)
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": row["text"], "id": i}) for i, row in enumerate(said)))
     for suffix in ("csv", "jsonl"):
         ask(source=str(tmp_path / "in.jsonl"), output=str(tmp_path / f"out.{suffix}"))
@@ -187,7 +194,7 @@ def test_what_an_image_is_said_to_be(tmp_path):
     write_json(tmp_path / "config.json", meta)
     _, examples = imagenet_mg.train(config, tmp_path, meta)
     for i, example in enumerate(examples[:3]):
-        cv2.imwrite(str(tmp_path / f"{i}.png"), example.image[..., ::-1])
+        cv2.imwrite(str(tmp_path / f"{i}.png"), example.shown[..., ::-1])
     see = vision.see(vision.FORMS)
     said = predict.answer(imagenet_mg.Config(), see, "path", tmp_path, [str(tmp_path / f"{i}.png") for i in range(3)], "", "")
     assert [[row[l] for l in examples[0].answer] for row in said] == [list(e.answer.values()) for e in examples[:3]]
@@ -202,7 +209,7 @@ def test_what_an_image_is_said_to_be(tmp_path):
 
 def test_text_in_stages(texts, tmp_path):
     facts = run("text_mg", tmp_path, **{"data.source": texts, "plan.kind": "coarse_to_fine", "plan.max_steps": 2})
-    assert [s["name"] for s in facts["stages"]] == ["characters", "words", "sentence", "joint"]
+    assert [s["name"] for s in facts["stages"]] == ["characters", "words", "phrases", "sentence", "joint"]
 
 
 @pytest.mark.parametrize("preset", tabular_mg.PRESETS)
@@ -257,7 +264,7 @@ def test_ratings_are_learned_and_told(ratings, tmp_path, capsys):
     said = ask("user=u4,item=i1", "user_town=t1,item=i1", "user_town=t2,item=i1", "user=u4,item_kind=k1")
     assert all(1 <= row["rating"] <= 5 for row in said)
     assert said[1]["rating"] > said[2]["rating"] + 0.5  # of nobody that is known, the town alone
-    with pytest.raises(DataError, match="row 1 of what is to be predicted names nobody"):
+    with pytest.raises(DataError, match="'user=x, item=y' names nobody"):
         ask("user=x,item=y")
     with pytest.raises(InputError, match="sees no column 'usr'; the nearest is 'user'"):
         ask("user=u4,item=i1", "usr=u4,item=i1")

@@ -413,7 +413,9 @@ def test_rows_of_names(tmp_path):
     assert made["user"].tolist() == [4, 4, 0, 0] and made["present/user"].tolist() == [True, True, False, False]
     assert made["user_occupation"][2, 0] > 0 and not made["user_occupation"][3].any()
     assert made["present/item"].all() and not made["present/history"][2:].any()
-    with pytest.raises(DataError, match="row 2 .* names nobody that is known; there are user, item, user_age"):
+    with pytest.raises(
+        DataError, match="'user=x, item_genre=Opera' names nobody that is known; there are user, item, user_age"
+    ):
         encoder.read([{"user": "4"}, {"user": "x", "item_genre": "Opera"}])
 
 

@@ -1,6 +1,7 @@
 """Texts: tokens, vocabularies, sources, branches."""
 
 import json
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.feature_extraction.text import TfidfVectorizer
 
-from mgjax.branches import TextConv, TextTransformer, TokenMean
+from mgjax.branches import TextConv, TextTransformer, TokenCounts, TokenMean
 from mgjax.contracts import Batch
 from mgjax.data import DataError
 from mgjax.data.text import NONE, UNSEEN, TextEncoder, TokenDropout, ngrams, tokens
@@ -17,8 +19,9 @@ from mgjax.data.text_source import TextConfig, load_texts
 from mgjax.errors import InputError
 from mgjax.granularity import Characters, DeclarationError, Sentence, Words
 from mgjax.taxonomy import TaxonomyError
+from mgjax.views import apply_view
 
-VIEWS = [Words(6), Characters(12), Sentence((1, 2), (0, 0), 0, 64, 8)]
+VIEWS = [Words(6), Characters(12), Sentence((1, 2), buckets=64, length=8)]
 
 
 # ---------------------------------------------------------------------- tokens
@@ -42,7 +45,7 @@ def test_what_is_cut_unseen_or_empty():
     assert made["words_6_1"][0].tolist()[1:] == [UNSEEN] * 5 and made["words_6_1"].dtype == np.int32
     assert all((rows[1] == NONE).all() for rows in made.values())
     assert encoder.cut(["who are you and why ask me", "", "who"]) == {
-        "words_6_1": 1, "characters_12": 1, "sentence_12_00_0_64_8": 1
+        "words_6_1": 1, "characters_12": 1, "sentence_12_00_0_0_64_8": 1
     }  # fmt: skip
     assert all(rows.max() < encoder.sizes[key] for key, rows in made.items())
 
@@ -62,19 +65,66 @@ def test_ngrams_tell_the_ends_of_a_text_and_of_a_word():
     assert not {"w\x02", "w\x03"} & set(grams) and ngrams("", (1, 3), (3, 3)) == []
 
 
+def test_phrases_are_runs_of_words_that_are_not_common():
+    common = {"what", "is", "the", "of", "in"}
+    grams = ngrams("What sea bird is the symbol of Utah?", (0, 0), (0, 0), 0, 2, common)
+    told = [g for g in grams if not g.startswith(("p0c", "p1c"))]
+    assert told == [
+        "p0 sea bird", "p0^sea", "p0$bird", "p1 symbol", "p1^symbol", "p1$symbol",
+        "p:what *", "p:what * is", "p:what * is the", "p:what * is the *",
+    ]  # fmt: skip
+    assert [g for g in grams if g.startswith("p0c")][:3] == ["p0c\x02bi", "p0cbir", "p0cird"]
+    assert ngrams("what is the", (0, 0), (0, 0), 0, 1, common) == ["p:what is", "p:what is the"]
+
+
+def test_common_words_are_those_of_train_that_stand_in_many_texts():
+    view = Sentence((0, 0), phrases=1, common=0.5)
+    texts = ["the cat", "the dog", "the dog sat", "a bird sat"]
+    assert TextEncoder.fit(texts, [view]).vocabularies[view.key] == ["dog", "sat", "the"]
+    assert not TextEncoder.fit(texts[:1], [view]).vocabularies[view.key]  # one text alone tells nothing of what is common
+
+
+def test_weights_are_those_of_scikit_learn():
+    """A linear model on `TokenCounts` sees what scikit-learn's tf-idf would show it."""
+    texts = ["who wrote it", "who was it", "what is it ? it", "how far is the moon"]
+    view = Sentence((1, 2), weighed=True, buckets=1 << 14)
+    encoder = TextEncoder.fit(texts, [view])
+    asked = [*texts, "who is nobody", "", "nobody"]
+    made = encoder.encode(asked)
+    assert set(made) == set(encoder.inputs) == {f"{view.key}/ids", f"{view.key}/weights"}
+    seen = apply_view({k: jnp.asarray(v) for k, v in made.items()}, view)
+    got = TokenCounts(encoder.sizes[view.key]).apply({}, seen, taps=("counts",), train=False)["counts"].vector
+    tfidf = TfidfVectorizer(analyzer=lambda t: ngrams(t, (1, 2), (0, 0)))
+    tfidf.fit(texts)
+    expected = tfidf.transform(asked).toarray()
+    at = [zlib.crc32(gram.encode()) % (view.buckets - 1) + 1 for gram in tfidf.get_feature_names_out()]
+    assert len(set(at)) == len(at)
+    np.testing.assert_allclose(got[:, np.array(at)], expected, rtol=1e-5)
+    np.testing.assert_allclose((got**2).sum(1), [1, 1, 1, 1, 1, 0, 0], rtol=1e-5)
+    again = TextEncoder([view], encoder.vocabularies, encoder.frequencies)
+    np.testing.assert_array_equal(again.encode(asked)[f"{view.key}/weights"], made[f"{view.key}/weights"])
+
+
 def test_views_that_see_nothing_are_refused():
     for make in (lambda: Words(0), lambda: Characters(0), lambda: Words(3, least=0), lambda: Sentence((0, 0), (0, 0))):
         with pytest.raises(DeclarationError):
             make()
     with pytest.raises(DeclarationError, match="the shortest stands first"):
         Sentence((2, 1))
+    for wrong in ({"phrases": -1}, {"phrases": 1, "common": 0.0}, {"buckets": 1}, {"anchors": -1}):
+        with pytest.raises(DeclarationError, match="are needed"):
+            Sentence(**wrong)
     with pytest.raises(DataError, match="nothing to learn from"):
         TextEncoder.fit(["", " "], [Words(3)])
 
 
 def test_hidden_tokens():
     batch = Batch(
-        {"words_4_1": jnp.array([[5, 6, 1, 0]] * 500), "sentence_x": jnp.array([[5, 6, 1, 0]] * 500)},
+        {
+            "words_4_1": jnp.array([[5, 6, 1, 0]] * 500),
+            "sentence_x": jnp.array([[5, 6, 1, 0]] * 500),
+            "sentence_x/weights": jnp.ones((500, 4)),
+        },
         {}, jnp.ones(500, bool), jnp.arange(500),
     )  # fmt: skip
     hide = TokenDropout(0.3)
@@ -82,6 +132,7 @@ def test_hidden_tokens():
     assert set(np.unique(made["words_4_1"])) == {0, 1, 5, 6} and (np.asarray(made["words_4_1"])[:, 2:] == [1, 0]).all()
     assert 0.25 < float((made["words_4_1"][:, :2] == UNSEEN).mean()) < 0.35
     assert 0.25 < float((made["sentence_x"][:, :2] == NONE).mean()) < 0.35
+    np.testing.assert_array_equal(made["sentence_x/weights"], 1)
     assert hide.normalise(batch) is batch and hide(batch, jax.random.key(0), 0.0) is batch
     with pytest.raises(DataError, match="not cut into pieces"):
         hide(batch, jax.random.key(0), 1.0, 2)
@@ -211,6 +262,7 @@ def test_labels_that_form_no_forest(tmp_path):
 
 BRANCHES = {
     "mean": TokenMean(9, 8),
+    "counts": TokenCounts(9),
     "conv": TextConv(9, 8, widths=(8, 12)),
     "transformer": TextTransformer(9, 6, features=8, blocks=2, heads=2),
 }
@@ -235,7 +287,7 @@ def test_branches_of_texts(name):
     loss = lambda params: sum(
         f.vector.sum() for f in branch.apply({**variables, "params": params}, X, taps=taps[-1:], train=False).values()
     )
-    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss)(variables["params"])))
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(jax.grad(loss)(variables.get("params", {}))))
     rows = jax.vmap(lambda row: read(row[None])[taps[-1]].vector[0])(X)
     np.testing.assert_allclose(rows, eager[taps[-1]].vector, rtol=1e-4, atol=1e-5)
 
@@ -247,7 +299,7 @@ def test_branches_of_texts_in_bfloat16(name):
     variables = branch.init(jax.random.key(0), X, taps=(tap,), train=False)
     full = BRANCHES[name].apply(variables, X, taps=(tap,), train=False)[tap].vector
     half = branch.apply(variables, X, taps=(tap,), train=False)[tap].vector
-    assert half.dtype == jnp.bfloat16 and all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables["params"]))
+    assert half.dtype == jnp.bfloat16 and all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables.get("params", {})))
     np.testing.assert_allclose(half.astype(jnp.float32), full, rtol=0.1, atol=0.1)
 
 

@@ -7,7 +7,7 @@ The dataset's own test, and each of so many parts of its training texts in turn 
 
 * `mgjax`: text_mg with its recipe and whatever keys are given, per seed on the test, with the first seed on the folds;
 * `svm`: a linear support vector machine per level on tf-idf of words and pairs of words, scikit-learn's defaults;
-* `svm, same n-grams`: the same on the n-grams that text_mg's sentence sees;
+* `svm, same n-grams`: the same on the n-grams that text_mg sees, each granularity's tf-idf of length 1;
 * `hiclass`: a linear support vector machine per parent node (Miranda, Köhnecke & Renard 2023, JMLR 24(29)), on words and pairs.
 
 KEYS are further ones of text_mg (`--config.KEY=VALUE`). Ours chooses nothing by the validation part; the others learn from it
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import pathlib
@@ -33,7 +34,7 @@ from experiments import text_mg
 from mgjax import config as cfg
 from mgjax.data.text import ngrams
 from mgjax.data.text_source import load_texts
-from mgjax.granularity import Words
+from mgjax.granularity import Sentence
 from mgjax.train.monitor import hardware
 
 
@@ -45,8 +46,9 @@ def labelled(data, split: str) -> tuple[list[str], np.ndarray]:
     return data.texts[split], np.array(names).T
 
 
-def theirs(data, config: text_mg.ModelConfig) -> dict[str, np.ndarray]:
+def theirs(data) -> dict[str, np.ndarray]:
     """Model → accuracy at every level."""
+    import scipy.sparse
     from hiclass import LocalClassifierPerParentNode
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.svm import LinearSVC
@@ -54,14 +56,13 @@ def theirs(data, config: text_mg.ModelConfig) -> dict[str, np.ndarray]:
     parts = [labelled(data, s) for s in ("train", "validation")]
     texts, names = [t for part, _ in parts for t in part], np.concatenate([n for _, n in parts])
     asked, truth = labelled(data, "test")
-    seen = {
-        "svm": lambda t: ngrams(t, (1, 2), (0, 0)),
-        "svm, same n-grams": lambda t: ngrams(t, config.ngrams, config.subwords, config.anchors),
-    }
+    encoder = data.encoder
+    bags = [functools.partial(encoder.grams, v) for v in encoder.views if isinstance(v, Sentence)]
+    seen = {"svm": [lambda t: ngrams(t, (1, 2), (0, 0))], "svm, same n-grams": bags}
     found = {}
-    for model, analyzer in seen.items():
-        tfidf = TfidfVectorizer(analyzer=analyzer, sublinear_tf=True)
-        x, of = tfidf.fit_transform(texts), tfidf.transform(asked)
+    for model, analyzers in seen.items():
+        parts = [TfidfVectorizer(analyzer=a, sublinear_tf=True).fit(texts) for a in analyzers]
+        x, of = (scipy.sparse.hstack([p.transform(t) for p in parts]).tocsr() for t in (texts, asked))
         found[model] = np.array([(LinearSVC().fit(x, y).predict(of) == t).mean() for y, t in zip(names.T, truth.T)])
         if model == "svm":
             tree = LocalClassifierPerParentNode(local_classifier=LinearSVC()).fit(x, names)
@@ -87,9 +88,9 @@ def compared(given: Mapping, seeds: Sequence[int], folds: int) -> tuple[dict, tu
         chosen, _ = text_mg.resolve("cpu", dict(given))
         config = cfg.override(text_mg.Config(), chosen | dict(given) | split)
         with contextlib.redirect_stdout(io.StringIO()):
-            data = load_texts(config.data, [Words(1)])
+            data = load_texts(config.data, list(text_mg.views_of(config).values()))
         levels, rows = data.taxonomy.levels, found.setdefault(where, {})
-        for model, accuracies in theirs(data, config.model).items():
+        for model, accuracies in theirs(data).items():
             rows.setdefault(model, []).append(accuracies)
         for seed in seeds[:1] if fold else seeds:
             accuracies, took = ours(dict(given) | split, seed)

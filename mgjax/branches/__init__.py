@@ -21,7 +21,7 @@ from mgjax.branches.mlp import MLP
 from mgjax.branches.mobilenet import MobileNetV1, MobileNetV2
 from mgjax.branches.resnet import ResNet
 from mgjax.branches.separable import SeparableNet
-from mgjax.branches.text import TextConv, TextTransformer, TokenMean
+from mgjax.branches.text import TextConv, TextTransformer, TokenCounts, TokenMean
 from mgjax.branches.vgg import VGG
 from mgjax.branches.vit import ViT
 from mgjax.branches.xception import Xception
@@ -56,6 +56,7 @@ __all__ = [
     "TableNet",
     "TextConv",
     "TextTransformer",
+    "TokenCounts",
     "TokenMean",
     "ViT",
     "Xception",

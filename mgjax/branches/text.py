@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from mgjax.branches.base import Branch
@@ -98,6 +99,43 @@ class TokenMean(Branch):
         reader = self.read(taps)
         tokens = Tokens(self.vocabulary, self.features, self.dropout, self.dtype, name="tokens")(x, train=train)
         reader.offer("mean", pooled(tokens, x > 0, self.how))
+        return reader.features
+
+
+class TokenCounts(Branch):
+    """How often each token stands in a text, weighed, as a vector of length 1; 0 where there is none. No parameter.
+
+    A linear head on it is a linear model of n-grams (Joachims 1998, doi:10.1007/BFb0026683). Gradient
+    descent learns rare tokens more slowly than common ones; Adam, which scales that away, does worse. Tap `counts`.
+
+    Attributes:
+        vocabulary: numbers that there are, 0 included.
+        dtype: of the vector.
+
+    Example:
+        >>> import jax
+        >>> x = {"ids": jnp.array([[3, 1, 3, 0]]), "weights": jnp.array([[2.0, 3.0, 2.0, 0.0]])}
+        >>> TokenCounts(5).apply({}, x, taps=("counts",), train=False)["counts"].vector[0].astype(int).tolist()
+        [0, 0, 0, 0, 0]
+    """
+
+    vocabulary: int
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def feature_info(self) -> dict[str, FeatureInfo]:
+        return {"counts": FeatureInfo(self.vocabulary)}
+
+    @nn.compact
+    def __call__(self, x, *, taps, train: bool):
+        """x: int [B, L], or {"ids": int, "weights": floating [B, L]} → {tap: Features}."""
+        ids, weights = (x["ids"], x["weights"]) if isinstance(x, Mapping) else (x, jnp.float32(1))
+        check_tokens(ids)
+        reader, there = self.read(taps), jnp.where(ids > 0, weights, 0).astype(jnp.float32)
+        empty = jnp.zeros(self.vocabulary, jnp.float32)
+        counts = jax.vmap(lambda i, w: empty.at[i].add(w))(ids, there)
+        squares = (counts**2).sum(1, keepdims=True)
+        reader.offer("counts", (counts * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1))).astype(self.dtype))
         return reader.features
 
 

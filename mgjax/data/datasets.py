@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mgjax.config import key
+from mgjax.contracts import Batch
 from mgjax.data import procedural
 from mgjax.data.folder_source import load_folder
 from mgjax.data.images import fit
@@ -87,6 +88,9 @@ class ImageDataset(Dataset):
     @property
     def what(self) -> str:
         return f"images {self.image_shape}"
+
+    def show(self, batch: Batch) -> np.ndarray:
+        return batch.inputs["image"]
 
     def record(self) -> dict:
         return super().record() | {k: list(getattr(self, k)) for k in ("image_shape", "mean", "std")}

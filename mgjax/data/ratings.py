@@ -146,7 +146,7 @@ class RatingsEncoder:
         A name that the dataset lacks is somebody new; so is no name at all.
 
         Raises:
-            DataError: a row with nothing that is known, by its number.
+            DataError: a row with nothing that is known.
         """
         at, told = {}, {}
         for s, side in self.sides.items():
@@ -160,7 +160,8 @@ class RatingsEncoder:
         for i in range(len(rows)):
             if all(a[i] < 0 for a in at.values()) and not any(t[i].any() for t in told.values()):
                 known = ", ".join([*SIDES, *self.groups("user"), *self.groups("item")])
-                raise DataError(f"row {i + 1} of what is to be predicted names nobody that is known; there are {known}")
+                told = ", ".join(f"{k}={v}" for k, v in rows[i].items()) or "an empty row"
+                raise DataError(f"'{told}' names nobody that is known; there are {known}")
         return self.encode(at["user"], at["item"], told)
 
     def record(self) -> dict:

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from grain.experimental import index_shuffle
 
+from mgjax.contracts import Batch
 from mgjax.data.crops import Window, Windows
 from mgjax.data.images import DecodeError, decode_crop, decode_rgb, fit, read_header
 from mgjax.errors import InputError
@@ -73,6 +74,10 @@ class Dataset:
     def record(self) -> dict:
         """What must be known to make new examples like these, ready for JSON; the taxonomy apart."""
         return {"inputs": list(self.inputs), "targets": list(self.targets)}
+
+    def show(self, batch: Batch) -> Sequence[np.ndarray | str]:
+        """What a person is shown of a batch of the test split: uint8 images [H, W, 3], texts, or nothing."""
+        return ()
 
     def describe(self) -> str:
         """One line: how many, of what, with which labels."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import re
 import unicodedata
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,10 @@ class TextEncoder:
 
     Args:
         views: of the granularities.
-        vocabularies: key of a view → its tokens, in the order of their numbers, which begin at 2.
+        vocabularies: key of a view → its tokens, in the order of their numbers, which begin at 2; of a sentence with phrases,
+            the words that are common.
+        frequencies: key of a weighed view → in how many training texts each number stands; of number 0, how many texts
+            there were.
 
     Example:
         >>> encoder = TextEncoder.fit(["who wrote it", "who was it"], [Words(4)])
@@ -51,9 +55,16 @@ class TextEncoder:
         (6, [[3, 1, 2, 0], [0, 0, 0, 0]])
     """
 
-    def __init__(self, views: Sequence[TextView], vocabularies: Mapping[str, Sequence[str]]):
+    def __init__(
+        self,
+        views: Sequence[TextView],
+        vocabularies: Mapping[str, Sequence[str]],
+        frequencies: Mapping[str, Sequence[int]] = {},
+    ):
         self.views = tuple(dict.fromkeys(views))
         self.vocabularies = {key: list(v) for key, v in vocabularies.items()}
+        self.frequencies = {key: list(v) for key, v in (frequencies or {}).items()}
+        self._weights = {key: _rarity(np.array(v)) for key, v in self.frequencies.items()}
         self._at = {key: {token: i + 2 for i, token in enumerate(v)} for key, v in self.vocabularies.items()}
 
     @classmethod
@@ -65,10 +76,13 @@ class TextEncoder:
         """
         found: dict[str, list[str]] = {}
         for view in views:
-            if isinstance(view, Sentence):
+            if isinstance(view, Sentence) and not view.phrases:
                 continue
-            split = tokens if isinstance(view, Words) else normal
+            split = normal if isinstance(view, Characters) else tokens
             count = collections.Counter(token for text in texts for token in set(split(text)))
+            if isinstance(view, Sentence):  # what stands in two texts at least can be common
+                found[view.key] = sorted(t for t, n in count.items() if n >= max(2, view.common * len(texts)))
+                continue
             least = view.least if isinstance(view, Words) else 1
             # By number, then by name: the same for every order of the texts.
             found[view.key] = sorted((t for t, n in count.items() if n >= least), key=lambda t: (-count[t], t))
@@ -76,7 +90,19 @@ class TextEncoder:
                 raise DataError(
                     f"no token stands in {least} of the {len(texts)} training texts: there is nothing to learn from"
                 )
-        return cls(views, found)
+        encoder, frequencies = cls(views, found), {}
+        for view in (v for v in encoder.views if isinstance(v, Sentence) and v.weighed):
+            count = np.zeros(view.buckets, int)
+            for text in texts:
+                count[list(set(encoder._ids(view, text)[: view.length]))] += 1
+            count[0] = len(texts)
+            frequencies[view.key] = count.tolist()
+        return cls(views, found, frequencies)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Keys of what `encode` makes."""
+        return tuple(k for v in self.views for k in ((f"{v.key}/ids", f"{v.key}/weights") if _weighed(v) else (v.key,)))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -84,31 +110,55 @@ class TextEncoder:
         return {v.key: v.buckets if isinstance(v, Sentence) else len(self.vocabularies[v.key]) + 2 for v in self.views}
 
     def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """key → int32 [texts, length]; a text without a token is all 0."""
+        """key → int32 [texts, length], all 0 without a token; of a weighed view `key/ids`, and `key/weights`, float32."""
         result = {}
         for view in self.views:
             rows = np.zeros((len(texts), view.length), np.int32)
             for row, text in zip(rows, texts):
                 ids = self._ids(view, text)[: view.length]
                 row[: len(ids)] = ids
-            result[view.key] = rows
+            if _weighed(view):
+                result |= {f"{view.key}/ids": rows, f"{view.key}/weights": self._weights[view.key][rows]}
+            else:
+                result[view.key] = rows
         return result
 
     def cut(self, texts: Sequence[str]) -> dict[str, int]:
         """key → how many texts are longer than what is read of them."""
         return {v.key: sum(len(self._ids(v, text)) > v.length for text in texts) for v in self.views}
 
+    def grams(self, view: Sentence, text: str) -> list[str]:
+        """What a sentence is made of, before it is hashed."""
+        common = self._at.get(view.key, {})
+        return ngrams(text, view.words, view.characters, view.anchors, view.phrases, common)
+
     def _ids(self, view: TextView, text: str) -> list[int]:
         if isinstance(view, Sentence):
-            grams = ngrams(text, view.words, view.characters, view.anchors)
-            return [zlib.crc32(gram.encode()) % (view.buckets - 1) + 1 for gram in grams]
+            return [zlib.crc32(gram.encode()) % (view.buckets - 1) + 1 for gram in self.grams(view, text)]
         at = self._at[view.key]
         return [at.get(token, UNSEEN) for token in (tokens if isinstance(view, Words) else normal)(text)]
 
 
-def ngrams(text: str, words: tuple[int, int], characters: tuple[int, int], anchors: int = 0) -> list[str]:
+def _weighed(view: TextView) -> bool:
+    return isinstance(view, Sentence) and view.weighed
+
+
+def _rarity(frequencies: np.ndarray) -> np.ndarray:
+    """float32: 1 + log((1 + texts) / (1 + texts that have it)), as scikit-learn has it; 0 of what none has, and of number 0."""
+    weights = 1 + np.log((1 + frequencies[0]) / (1 + frequencies))
+    return np.where((frequencies > 0) & (np.arange(len(frequencies)) > 0), weights, 0).astype(np.float32)
+
+
+def ngrams(
+    text: str,
+    words: tuple[int, int],
+    characters: tuple[int, int],
+    anchors: int = 0,
+    phrases: int = 0,
+    common: Container[str] = frozenset(),
+) -> list[str]:
     """N-grams of words, the ends of the text being words too; pairs of the first words, 1 to `anchors` of them, with each later
-    one; then n-grams of characters, the ends of a word being characters.
+    one; what tells of the first `phrases`; then n-grams of characters, the ends of a word being characters. See `Sentence`.
 
     Example:
         >>> [g.replace("\\x02", "<").replace("\\x03", ">") for g in ngrams("to be", (2, 2), (0, 0))]
@@ -117,6 +167,8 @@ def ngrams(text: str, words: tuple[int, int], characters: tuple[int, int], ancho
         ['c<to', 'cto>']
         >>> ngrams("what is it", (0, 0), (0, 0), 2)
         ['awhat|is', 'awhat|it', 'awhat is|it']
+        >>> ngrams("what sea bird is it", (0, 0), (0, 0), 0, 1, {"what", "is", "it"})[:3]
+        ['p0 sea bird', 'p0^sea', 'p0$bird']
     """
     parts = tokens(text)
     if not parts:
@@ -130,12 +182,28 @@ def ngrams(text: str, words: tuple[int, int], characters: tuple[int, int], ancho
     for n in range(1, anchors + 1):
         first = " ".join(parts[:n])
         result += [f"a{first}|{part}" for part in parts[n:]]
+    if phrases:
+        result += _phrase_grams(parts, phrases, common)
     if characters[1]:
-        for part in parts:
-            marked = _BEGIN + part + _END
-            for n in range(characters[0], characters[1] + 1):
-                result += ["c" + marked[i : i + n] for i in range(len(marked) - n + 1)]
+        result += ["c" + gram for part in parts for gram in _spelling(part, *characters)]
     return result
+
+
+def _spelling(word: str, low: int, high: int) -> list[str]:
+    marked = _BEGIN + word + _END
+    return [marked[i : i + n] for n in range(low, high + 1) for i in range(len(marked) - n + 1)]
+
+
+def _phrase_grams(parts: Sequence[str], phrases: int, common: Container[str]) -> list[str]:
+    """Whole, first and last word of each phrase, the latter's spelling, and how the text begins, a phrase being one word."""
+    between = lambda part: part in common or not part[0].isalnum()
+    runs = [(between_, list(run)) for between_, run in itertools.groupby(parts, between)]
+    result = []
+    for i, run in enumerate([run for between_, run in runs if not between_][:phrases]):
+        result += [f"p{i} {' '.join(run)}", f"p{i}^{run[0]}", f"p{i}${run[-1]}"]
+        result += [f"p{i}c{gram}" for gram in _spelling(run[-1], 3, 5)]
+    outline = [part for between_, run in runs for part in (run if between_ else ["*"])]
+    return result + [f"p:{' '.join(outline[:n])}" for n in range(2, min(5, len(outline)) + 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +228,7 @@ class TokenDropout:
         if not rate:
             return batch
         shown = dict(batch.inputs)
-        for i, (key, x) in enumerate(sorted(batch.inputs.items())):
+        for i, (key, x) in enumerate(sorted((k, x) for k, x in batch.inputs.items() if jnp.issubdtype(x.dtype, jnp.integer))):
             hidden = jax.random.bernoulli(jax.random.fold_in(rng, i), rate, x.shape) & (x > UNSEEN)
             shown[key] = jnp.where(hidden, NONE if key.startswith("sentence") else UNSEEN, x)
         return batch.replace(inputs=shown)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mgjax.config import key
+from mgjax.contracts import Batch
 from mgjax.data.folder_source import SPLITS
 from mgjax.data.labels import path_taxonomy
 from mgjax.data.sources import ArraySource, DataError, Dataset, Subset, split_rows
@@ -54,9 +55,13 @@ class TextDataset(Dataset):
     def what(self) -> str:
         return "texts"
 
+    def show(self, batch: Batch) -> list[str]:
+        return [self.texts["test"][i] for i in batch.index]
+
     def record(self) -> dict:
         classes = {c: list(names) for c, names in self.classes.items()}
-        return super().record() | {"vocabularies": self.encoder.vocabularies, "classes": classes}
+        learned = {"vocabularies": self.encoder.vocabularies, "frequencies": self.encoder.frequencies}
+        return super().record() | learned | {"classes": classes}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +121,7 @@ def load_texts(config: TextConfig, views: Sequence[TextView]) -> TextDataset:
         config.source,
         **sources,
         taxonomy=tree,
-        inputs=tuple(encoder.sizes),
+        inputs=encoder.inputs,
         targets=tuple(classes),
         encoder=encoder,
         classes=classes,
