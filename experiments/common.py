@@ -31,7 +31,7 @@ from mgjax.decode import decode, task_log_probs
 from mgjax.errors import InputError
 from mgjax.objective import Objective
 from mgjax.taxonomy import write_taxonomy
-from mgjax.train import Feeds, Stage, distributed
+from mgjax.train import Feeds, ParamGroup, Stage, distributed
 from mgjax.train.meter import use_compilation_cache
 from mgjax.train.monitor import accelerator_hint, clock, hardware, write_json
 
@@ -178,6 +178,7 @@ def train_model(
     augment: Callable,
     metrics: Any,
     crop: Callable[[Stage], Crop | None] = lambda stage: None,
+    groups: Sequence[ParamGroup] = (),
 ) -> dict:
     """Trains a model on a dataset by plan, tests it, and measures what it costs.
 
@@ -185,7 +186,7 @@ def train_model(
         config: a TrainConfig that has seed, smoothing and plan.eval_batch_size too.
         points: name → operating point whose cost and test figures are reported.
         meta: of the run, for its checkpoints.
-        augment, metrics: as in `mgjax.train.fit`.
+        augment, metrics, groups: as in `mgjax.train.fit`.
         crop: what is cut from the images of a stage where they are decoded.
 
     Returns:
@@ -244,6 +245,7 @@ def train_model(
         free=FREE,
         points=points,
         config=config,
+        groups=groups,
     )
     if distributed.is_main():
         one = augment.normalise(next(eval_batches(data.test, data.taxonomy, batch_size=1, **reads)))
@@ -277,7 +279,8 @@ def examples(config: Any, data: Dataset, model, variables: Any, augment: Callabl
     say = jax.jit(lambda v, x, p: model.apply(v, x, op, present=p, train=False))
     outputs = say(variables, augment.normalise(batch).inputs, batch.present)
     said = task_log_probs(outputs, model.heads, model.tasks)
-    path = jax.device_get(decode({t.level: said[t.name] for t in model.tasks if t.name in said}, tree, config.decoder))
+    raw = {t.level: said[t.name] for t in model.tasks if t.kind == "classification" and t.name in said}
+    path = jax.device_get(decode(raw, tree, config.decoder))
     # Coarse to fine; JAX has sorted the levels by name.
     names = {l: own for l, own in zip(tree.levels, tree.names) if l in path.labels}
     return [

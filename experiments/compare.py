@@ -98,7 +98,8 @@ def figures(summary: Mapping) -> dict[str, float]:
     stages = summary.get("stages") or [{}]
     validation = (stages[-1].get("val") or {}).get("levels", {})
     found |= {f"{level}/validation": v.get("accuracy") for level, v in validation.items()}
-    found |= {f"{task}/{k}": v for task, own in test.get("tasks", {}).items() for k, v in own.items()}
+    tasks = test.get("tasks", {}).items()
+    found |= {f"{task}/{k}": v for task, own in tasks for k, v in own.items() if not k.endswith("_std")}
     found |= {k: test.get(k) for k in ("full_path_accuracy", "mistake_severity", "tree_distance")}
     return {k: v for k, v in found.items() if isinstance(v, (int, float))}
 
@@ -199,7 +200,7 @@ def notes(runs: Sequence[Run], groups: Sequence[Mapping]) -> list[str]:
     machines = sorted({str(r.summary["hardware"]) for r in runs if r.summary.get("hardware")})
     if len(machines) > 1:
         said.append(f"times are of different hardware: {' | '.join(machines)}")
-    levels = {tuple(levels_of([r])) for r in runs}
+    levels = {own for r in runs if (own := tuple(levels_of([r])))}
     if len(levels) > 1:
         said.append(
             "levels differ, so full path, severity and distance are not of the same path: "
@@ -222,7 +223,7 @@ def tasks_of(runs: Sequence[Run]) -> dict[str, list[str]]:
     found: dict[str, dict] = {}
     for run in runs:
         for task, own in run.summary["test"].get("tasks", {}).items():
-            found.setdefault(task, {}).update(dict.fromkeys(own))
+            found.setdefault(task, {}).update(dict.fromkeys(k for k in own if not k.endswith("_std")))
     return {task: list(names) for task, names in found.items()}
 
 

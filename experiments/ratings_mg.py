@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments import common
 from experiments.plans import RunConfig, build_plan, points_of
-from experiments.predict import Seen
+from experiments.predict import PRESENT, Seen
 from experiments.recommend import measured, over_folds
 from mgjax.branches import Factors, FieldConv
 from mgjax.branches.factors import Field
@@ -125,7 +125,7 @@ def see(config: Config, record: Mapping, tree: Taxonomy | None) -> Seen:
     encoder = RatingsEncoder.restored(record["encoder"])
     labels = {"seen": ["seen"]} if "seen" in record["targets"] else {}
     model = build_model(config, encoder, record["bounds"], record["center"], record["spread"], bool(labels))
-    wanted = lambda key: key in record["inputs"] or key.startswith("present/")
+    wanted = lambda key: key in record["inputs"] or key.startswith(PRESENT)
     return Seen(model, tree, lambda rows: {k: v for k, v in encoder.read(rows).items() if wanted(k)}, labels)
 
 

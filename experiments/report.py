@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 import cv2
@@ -20,6 +21,7 @@ from experiments.markup import breakable, escape
 from mgjax.train.monitor import clock
 
 STYLE = pathlib.Path(__file__).with_name("report.css")
+LONGEST = 400  # characters of a text that is shown
 LARGEST = 256  # pixels; larger example images are reduced
 SHAPES = (  # of plots.MARKERS
     "M15 1.5a4.5 4.5 0 1 0 0 9a4.5 4.5 0 1 0 0-9z",
@@ -188,8 +190,7 @@ def _accuracy(summary: Mapping, levels: Sequence[str]) -> str:
     table = markup.table(("level", "answer", *names.values()), rows, texts=2)
     return markup.section(
         "Accuracy by level",
-        "Raw is what a level's own heads answer. Decoded is the answer after the evidence of all levels was combined; it is "
-        "always a path of the taxonomy.",
+        "Raw is what a level's own heads answer. Decoded is the path that the decoder makes of what all heads answer.",
         f'<div class="plots pair">{_drawn(drawn, "accuracy", "Test accuracy: an open dot is raw, a filled one decoded.")}'
         f"<div>{table}</div></div>"
         '<p class="note">Precision, recall and F1 are means over classes; ECE is the expected calibration error (15 bins).</p>',
@@ -304,7 +305,8 @@ def _card(example: Example) -> str:
             + "</div>"
         )
     if isinstance(example.shown, str):
-        shown, kind_shown = f"<blockquote>{breakable(example.shown)}</blockquote>", "text"
+        text = textwrap.shorten(example.shown, LONGEST, placeholder=" …")
+        shown, kind_shown = f"<blockquote>{breakable(text)}</blockquote>", "text"
     else:
         tiny = ' class="tiny"' if max(example.shown.shape[:2]) < 96 else ""
         shown = f'<img{tiny} alt="test image {example.index}, true {escape(path)}" src="{image_uri(example.shown)}">'

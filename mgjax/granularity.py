@@ -194,9 +194,10 @@ class Sentence:
         anchors: each word is paired with the first word of the text, with the first two, up to so many; 0: none. What a text
             asks stands far from what it asks about.
         phrases: so many first phrases are told by their whole, their first and last word and the last one's n-grams of
-            characters, and the text by the words between its phrases. A phrase is a run of words none of which is common; its
-            last word is its head in English (Huang, Thint & Qin 2008, aclanthology.org/D08-1097, find it by parsing). 0: none.
-        common: share of the training texts in which a word stands to be common.
+            characters, and the text by its first 2 to 5 words, each phrase being one. A phrase is a run of words none of which
+            is common; its last word is its head in English (Huang, Thint & Qin 2008, aclanthology.org/D08-1097, parse for it).
+            0: none.
+        common: share of the training texts, and 10 of them at least, in which a word stands to be common.
         weighed: whether each n-gram has a weight, {"ids": int32, "weights": float32 [B, length]}: the logarithm of how few
             training texts have it (inverse document frequency, Spärck Jones 1972, doi:10.1108/eb026526), 0 where none has.
         buckets: into which n-grams are hashed.

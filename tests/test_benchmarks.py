@@ -2,6 +2,9 @@
 
 import json
 import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ from experiments.benchmarks import balancing, convolution, depthwise, kill_resum
 from mgjax.balancing import BALANCERS
 from mgjax.branches import MobileNetV2
 from mgjax.ops.depthwise import shift
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def test_convolution(tmp_path, capsys):
@@ -103,6 +108,15 @@ def test_questions(tmp_path, capsys):
     assert "mgjax" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         questions.main([source, "--", "--config.model.wdith=3"])
+
+
+@pytest.mark.parametrize("name", ["tables", "questions"])
+def test_as_a_command(name):
+    """Its own arguments reach it, and what is wrong with them is told."""
+    more = ["--source=trec:x"] if name == "questions" else []
+    command = [sys.executable, "-m", f"experiments.benchmarks.{name}", *more, "--folds=1"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert said.returncode == 2 and "two folds or more are needed" in said.stderr, said.stderr
 
 
 def test_kill_resume(tmp_path, capsys):

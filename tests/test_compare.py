@@ -162,8 +162,10 @@ def test_tasks_beside_levels_and_alone(make, capsys):
     assert "rating rmse" in out and "0.9500" in out and "0.9000*" in out and "ndcg@10 0.2000*" in out and "seen map" in out
     with pytest.raises(InputError, match="these runs have none"):
         compare.compare(runs, plot=runs[0] / "plot.svg")
-    both = make("c", preset="both", test={"tasks": {"age": {"mae": 3.0}}})
-    assert {"fine/accuracy", "age/mae"} <= set(compare.compare([both])["groups"][0]["mean"])
+    both = make("c", preset="both", test={"tasks": {"age": {"mae": 3.0, "mae_std": 0.1}}})
+    said = compare.compare([runs[0], both])
+    assert {"fine/accuracy", "age/mae"} <= set(said["groups"][1]["mean"]) and "age/mae_std" not in said["groups"][1]["mean"]
+    assert not said["notes"]
 
 
 def test_folds_are_different_test_sets(make):

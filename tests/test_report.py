@@ -251,6 +251,8 @@ def test_examples_say_what_is_right_and_wrong(examples):
     sizes = [cv2.imdecode(np.frombuffer(base64.b64decode(a["src"].partition(",")[2]), np.uint8), 1) for a in page.find("img")]
     assert [s.shape for s in sizes] == [(8, 8, 3), (256, 192, 3), (8, 8, 3)]
     text = dataclasses.replace(examples[1], shown="Is <b> a tag_of & HTML?")
+    long = dataclasses.replace(text, shown="word " * 1000)
+    assert len(Page(report.render({}, [], [long])).text) < 1000
     page = Page(report.render({}, [], [text]))
     assert "Is <b> a tag_of & HTML?" in page.text and not page.find("img") and "text 18" in page.text
     np.testing.assert_array_equal(sizes[0][..., ::-1], examples[0].shown)

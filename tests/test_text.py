@@ -79,9 +79,9 @@ def test_phrases_are_runs_of_words_that_are_not_common():
 
 def test_common_words_are_those_of_train_that_stand_in_many_texts():
     view = Sentence((0, 0), phrases=1, common=0.5)
-    texts = ["the cat", "the dog", "the dog sat", "a bird sat"]
+    texts = ["the cat", "the dog", "the dog sat", "a bird sat"] * 5
     assert TextEncoder.fit(texts, [view]).vocabularies[view.key] == ["dog", "sat", "the"]
-    assert not TextEncoder.fit(texts[:1], [view]).vocabularies[view.key]  # one text alone tells nothing of what is common
+    assert not TextEncoder.fit(texts[:4], [view]).vocabularies[view.key]  # few texts tell nothing of what is common
 
 
 def test_weights_are_those_of_scikit_learn():
@@ -101,6 +101,8 @@ def test_weights_are_those_of_scikit_learn():
     assert len(set(at)) == len(at)
     np.testing.assert_allclose(got[:, np.array(at)], expected, rtol=1e-5)
     np.testing.assert_allclose((got**2).sum(1), [1, 1, 1, 1, 1, 0, 0], rtol=1e-5)
+    with pytest.raises(DataError, match="no frequencies of 'sentence_12_00_0_0_16384_128_weighed' are known"):
+        TextEncoder([view], {}, {})
     again = TextEncoder([view], encoder.vocabularies, encoder.frequencies)
     np.testing.assert_array_equal(again.encode(asked)[f"{view.key}/weights"], made[f"{view.key}/weights"])
 

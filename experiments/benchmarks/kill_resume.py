@@ -35,7 +35,7 @@ from mgjax.train.monitor import hardware
 NETWORK = {"model.widths": "8,16,16", "model.blocks": "1,1,1", "model.dropout": "0.1"}
 SIZES = {
     "imagenet_mg": NETWORK,
-    "text_mg": {"model.buckets": "1024", "model.dropout": "0.1", "plan.alone": "2,2,2,2"},
+    "text_mg": {"model.buckets": "1024", "model.dropout": "0.1"},
     "ratings_mg": {"model.width": "8", "data.negatives": "1", "preset": "ladder"},
 }
 SETTINGS = {

@@ -58,11 +58,11 @@ def theirs(data) -> dict[str, np.ndarray]:
     asked, truth = labelled(data, "test")
     encoder = data.encoder
     bags = [functools.partial(encoder.grams, v) for v in encoder.views if isinstance(v, Sentence)]
-    seen = {"svm": [lambda t: ngrams(t, (1, 2), (0, 0))], "svm, same n-grams": bags}
+    seen = {"svm": [lambda t: ngrams(t, (1, 2), (0, 0))]} | ({"svm, same n-grams": bags} if bags else {})
     found = {}
     for model, analyzers in seen.items():
-        parts = [TfidfVectorizer(analyzer=a, sublinear_tf=True).fit(texts) for a in analyzers]
-        x, of = (scipy.sparse.hstack([p.transform(t) for p in parts]).tocsr() for t in (texts, asked))
+        weighed = [TfidfVectorizer(analyzer=a, sublinear_tf=True).fit(texts) for a in analyzers]
+        x, of = (scipy.sparse.hstack([w.transform(t) for w in weighed]).tocsr() for t in (texts, asked))
         found[model] = np.array([(LinearSVC().fit(x, y).predict(of) == t).mean() for y, t in zip(names.T, truth.T)])
         if model == "svm":
             tree = LocalClassifierPerParentNode(local_classifier=LinearSVC()).fit(x, names)
@@ -145,6 +145,4 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    from absl import app
-
-    app.run(lambda argv: main(argv[1:]))
+    main()

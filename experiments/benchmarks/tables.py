@@ -95,6 +95,4 @@ def main(arguments: list[str] | None = None, **more) -> dict:
 
 
 if __name__ == "__main__":
-    from absl import app
-
-    app.run(lambda argv: main(argv[1:]))
+    main()

@@ -115,8 +115,9 @@ class TokenCounts(Branch):
     Example:
         >>> import jax
         >>> x = {"ids": jnp.array([[3, 1, 3, 0]]), "weights": jnp.array([[2.0, 3.0, 2.0, 0.0]])}
-        >>> TokenCounts(5).apply({}, x, taps=("counts",), train=False)["counts"].vector[0].astype(int).tolist()
-        [0, 0, 0, 0, 0]
+        >>> features = TokenCounts(5).apply({}, x, taps=("counts",), train=False)
+        >>> (10 * features["counts"].vector[0]).round().astype(int).tolist()
+        [0, 6, 0, 8, 0]
     """
 
     vocabulary: int

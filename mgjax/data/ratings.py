@@ -160,8 +160,8 @@ class RatingsEncoder:
         for i in range(len(rows)):
             if all(a[i] < 0 for a in at.values()) and not any(t[i].any() for t in told.values()):
                 known = ", ".join([*SIDES, *self.groups("user"), *self.groups("item")])
-                told = ", ".join(f"{k}={v}" for k, v in rows[i].items()) or "an empty row"
-                raise DataError(f"'{told}' names nobody that is known; there are {known}")
+                row = ", ".join(f"{k}={v}" for k, v in rows[i].items()) or "an empty row"
+                raise DataError(f"'{row}' names nobody that is known; there are {known}")
         return self.encode(at["user"], at["item"], told)
 
     def record(self) -> dict:

@@ -20,6 +20,7 @@ from mgjax.granularity import Characters, Sentence, Words
 
 NONE, UNSEEN = 0, 1  # what no token, and one that training did not show, are encoded as
 TextView = Characters | Words | Sentence
+_COMMON = 10  # texts in which a word that is common stands at least, however few there are
 _BEGIN, _END = "\x02", "\x03"
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
@@ -47,7 +48,10 @@ class TextEncoder:
         vocabularies: key of a view → its tokens, in the order of their numbers, which begin at 2; of a sentence with phrases,
             the words that are common.
         frequencies: key of a weighed view → in how many training texts each number stands; of number 0, how many texts
-            there were.
+            there were. None: still to be learned.
+
+    Raises:
+        DataError: a weighed view without frequencies.
 
     Example:
         >>> encoder = TextEncoder.fit(["who wrote it", "who was it"], [Words(4)])
@@ -59,12 +63,15 @@ class TextEncoder:
         self,
         views: Sequence[TextView],
         vocabularies: Mapping[str, Sequence[str]],
-        frequencies: Mapping[str, Sequence[int]] = {},
+        frequencies: Mapping[str, Sequence[int]] | None = None,
     ):
         self.views = tuple(dict.fromkeys(views))
         self.vocabularies = {key: list(v) for key, v in vocabularies.items()}
         self.frequencies = {key: list(v) for key, v in (frequencies or {}).items()}
         self._weights = {key: _rarity(np.array(v)) for key, v in self.frequencies.items()}
+        lacking = [v.key for v in self.views if _weighed(v) and v.key not in self._weights]
+        if lacking and frequencies is not None:
+            raise DataError(f"no frequencies of '{lacking[0]}' are known: of an older version, or of another config?")
         self._at = {key: {token: i + 2 for i, token in enumerate(v)} for key, v in self.vocabularies.items()}
 
     @classmethod
@@ -80,8 +87,8 @@ class TextEncoder:
                 continue
             split = normal if isinstance(view, Characters) else tokens
             count = collections.Counter(token for text in texts for token in set(split(text)))
-            if isinstance(view, Sentence):  # what stands in two texts at least can be common
-                found[view.key] = sorted(t for t, n in count.items() if n >= max(2, view.common * len(texts)))
+            if isinstance(view, Sentence):
+                found[view.key] = sorted(t for t, n in count.items() if n >= max(_COMMON, view.common * len(texts)))
                 continue
             least = view.least if isinstance(view, Words) else 1
             # By number, then by name: the same for every order of the texts.
