@@ -264,10 +264,10 @@ def test_digits_local_global_and_fused_have_equal_parameters():
 @pytest.mark.parametrize("preset", digits_mg.FORMS)
 def test_digits_shrunk(preset, tmp_path):
     small = {"model.widths": (8, 8, 8, 8), "model.fusion_width": 8, "data.limit": 200, "plan.max_steps": 2}
-    config = digits(preset=preset, **small | {"plan.batch_size": 16, "plan.eval_batch_size": 40})
+    config = digits(preset=preset, decoder="lifted", **small | {"plan.batch_size": 16, "plan.eval_batch_size": 40})
     assert config.data.source == "sklearn:digits"
     facts, examples = digits_mg.train(config, tmp_path, {})
-    assert facts["test"]["examples"] == 200 and len(examples) == common.EXAMPLES
+    assert facts["test"]["decoder"] == "lifted" and facts["test"]["examples"] == 200 and len(examples) == common.EXAMPLES
     assert [s["name"] for s in facts["stages"]] == (["local", "global", "joint"] if preset == "fused" else ["early", "joint"])
     assert set(examples[0].answer) == {"class"} and 0 < examples[0].probability["class"] <= 1
 

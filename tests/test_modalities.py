@@ -222,7 +222,8 @@ def test_text_in_stages(texts, tmp_path):
 def test_tables_shrunk(preset, table, tmp_path):
     given = {"preset": preset, "data.source": table, "data.levels": ("family", "species"), "data.targets": ("price",)}
     groups = {"model.groups": ("numbers=height+weight", "colour=colour")} if preset == "groups" else {}
-    facts = run("tabular_mg", tmp_path, **given | groups)
+    facts = run("tabular_mg", tmp_path, **given | groups, decoder="product")
+    assert facts["test"]["decoder"] == "product"
     assert facts["test"]["levels"]["species"]["accuracy"] > 0.5 and facts["test"]["tasks"]["price"]["rmse"] < 45
     assert facts["test"]["inconsistency"] == 0
     said = predict.answer(
