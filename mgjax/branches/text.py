@@ -106,7 +106,7 @@ class TokenCounts(Branch):
     """How often each token stands in a text, weighed, as a vector of length 1; 0 where there is none. No parameter.
 
     A linear head on it is a linear model of n-grams (Joachims 1998, doi:10.1007/BFb0026683). Gradient
-    descent learns rare tokens more slowly than common ones; Adam, which scales that away, does worse. Tap `counts`.
+    descent learns rare tokens more slowly than common ones; Adam scales that away. Tap `counts`.
 
     Attributes:
         vocabulary: numbers that there are, 0 included.
